@@ -1,0 +1,168 @@
+"""Run Megatron-core on a machine without a GPU: process groups on gloo, tensors in main memory.
+
+Megatron-core 0.16.1 takes CUDA for granted in a few places that compute nothing. Each function below answers one of
+them and says which. Nothing here changes what Megatron computes, and nothing here is loaded when a GPU is present.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from r3_adapter.errors import ReplayError
+
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Make Megatron-core run on the CPU in this process; call it before importing megatron.
+
+    Raises:
+        ReplayError: a GPU is present; Megatron needs no help there.
+    """
+    if torch.cuda.is_available():
+        raise ReplayError(f"CPU support asked for, but {torch.cuda.device_count()} CUDA devices are present")
+    if getattr(torch.cuda, "_r3_cpu_support", False):
+        return
+    for answer in (_eager, _device, _factories, _moves, _streams, _tensor_type, _rng_state):
+        answer()
+    for answer in (_rng_tracker, _missing_te_gemm, _split_sizes, _sequence_parallel_norm):
+        answer()
+    torch.cuda._r3_cpu_support = True  # type: ignore[attr-defined]
+
+
+def _eager() -> None:
+    """Megatron's jit_fuser is torch.compile: correct on a CPU, but compiling takes longer than a test runs."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
+
+
+def _device() -> None:
+    """Megatron allocates on torch.cuda.current_device() and waits with torch.cuda.synchronize()."""
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def _factories() -> None:
+    """optimizer.py, clip_grads.py, schedules.py and utils.py allocate with a literal device="cuda"."""
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = _CPU
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _moves() -> None:
+    """language_module.py, mappings.py and the pipeline schedules move with .cuda()."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,misc]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,misc]
+
+
+class _Event:
+    """A point in a stream; with one stream, always reached."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class _Stream:
+    """The one stream that a CPU has."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+
+
+def _streams() -> None:
+    """The all-to-all dispatcher copies its split sizes on a side stream."""
+
+    @contextlib.contextmanager
+    def stream(_: object) -> Iterator[None]:
+        yield
+
+    only = _Stream()
+    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: only  # type: ignore[assignment,return-value]
+    torch.cuda.stream = stream  # type: ignore[assignment]
+
+
+def _tensor_type() -> None:
+    """clip_grads.py looks for gradients whose type() is "torch.cuda.FloatTensor"."""
+    plain = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign,assignment]
+
+
+def _rng_state() -> None:
+    """Checkpointing and seeding keep the state of the device's generator: here the CPU's."""
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment,return-value]
+
+
+def _rng_tracker() -> None:
+    """tensor_parallel.random forks the device's generator, and warns when the CPU's moved inside a fork."""
+    import megatron.core.tensor_parallel.random as tp_random
+
+    tp_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    tp_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    logging.getLogger(tp_random.__name__).addFilter(lambda record: "CPU RNG state" not in record.getMessage())
+
+
+def _missing_te_gemm() -> None:
+    """0.16.1's moe_utils reads te_general_gemm, which it defines only with TransformerEngine."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _split_sizes() -> None:
+    """The all-to-all dispatcher turns split sizes into numpy only when they leave a GPU; gloo wants numbers."""
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.cpu().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _sequence_parallel_norm() -> None:
+    """WrappedTorchNorm refuses sequence_parallel, and MoE training with TP refuses to go without it.
+
+    The norm is the same; its weight is marked, as TransformerEngine's is, so that its gradient is reduced over TP.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    def new(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.Module:
+        norm = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        module = norm(normalized_shape=hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return module
+
+    WrappedTorchNorm.__new__ = staticmethod(new)

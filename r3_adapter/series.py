@@ -1,0 +1,207 @@
+"""Patch series as they lie in `patches/`, and the lock that pins the files which they touch.
+
+Nothing here looks at an installation: bytes come in, bytes go out.
+"""
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r3_adapter.errors import PatchError
+from r3_adapter.patchfile import TRAILERS, FileDiff, Patch, apply_diff, read_patch, trailers
+
+ABSENT = "absent"
+LOCK_NAME = "upstream.lock.toml"
+TEST_FOLDERS = ("test/", "tests/")
+_LOCK_HEAD = "# The file hashes are written by `r3 patch lock`: sha256 before and after the whole series.\n"
+_HASH = re.compile(rf"[0-9a-f]{{64}}|{ABSENT}")
+
+Contents = dict[str, bytes | None]
+"""Bytes of files by path; None stands for no file."""
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """The sha256 of a file before and after a series; ABSENT stands for no file."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """The patches for one version of a distribution.
+
+    prefix: what upstream's repository has in front of the paths of an installation.
+    package: the folder of an installation that patches may change.
+    files: the hashes of each touched file, by its path in site-packages.
+    """
+
+    folder: Path
+    distribution: str
+    version: str
+    prefix: str
+    package: str
+    files: Mapping[str, Hashes]
+
+
+def patches_root() -> Path:
+    """Return the folder of all series: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "patches"
+    return shipped if shipped.is_dir() else package.parent / "patches"
+
+
+def read_lock(root: Path) -> dict[str, dict[str, Any]]:
+    """Return the lock's tables by distribution: {prefix, package, versions: {version: {path: {before, after}}}}.
+
+    Raises:
+        PatchError: The lock is missing or malformed.
+    """
+    path = root / LOCK_NAME
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name, table in tables.items():
+            if not (isinstance(table["prefix"], str) and isinstance(table["package"], str)):
+                raise TypeError(f"{name}: prefix and package must be strings")
+            for version in table.setdefault("versions", {}):
+                make_series(root, name, version, table)
+    except OSError as error:
+        raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise PatchError(f"{path}: malformed: {error!r}") from error
+    return tables
+
+
+def write_lock(root: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the lock; a JSON string is a TOML string too."""
+    lines = [_LOCK_HEAD]
+    for name, table in sorted(tables.items()):
+        lines += [f"[{json.dumps(name)}]", f"prefix = {json.dumps(table['prefix'])}"]
+        lines += [f"package = {json.dumps(table['package'])}", ""]
+        for version, files in sorted(table["versions"].items()):
+            lines.append(f"[{json.dumps(name)}.versions.{json.dumps(version)}]")
+            for path, pin in sorted(files.items()):
+                lines.append(f'{json.dumps(path)} = {{ before = "{pin["before"]}", after = "{pin["after"]}" }}')
+            lines.append("")
+    (root / LOCK_NAME).write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8", newline="\n")
+
+
+def load_series(root: Path | None = None) -> dict[str, tuple[Series, ...]]:
+    """Return the pinned series of each distribution; a distribution may have several versions."""
+    root = root or patches_root()
+    tables = read_lock(root)
+    return {
+        name: tuple(make_series(root, name, version, table) for version in table["versions"])
+        for name, table in tables.items()
+    }
+
+
+def make_series(root: Path, name: str, version: str, table: Mapping[str, Any]) -> Series:
+    """Build a series from its distribution's table of the lock; a version without hashes yet has no files."""
+    files = {path: Hashes(pin["before"], pin["after"]) for path, pin in table["versions"].get(version, {}).items()}
+    for path, pin in files.items():
+        if not (_HASH.fullmatch(pin.before) and _HASH.fullmatch(pin.after)) or pin.before == pin.after:
+            raise PatchError(f"{LOCK_NAME}: {name} {version}: {path}: bad hashes {pin.before!r} -> {pin.after!r}")
+        if not path.startswith(f"{table['package']}/") or ".." in path.split("/"):
+            raise PatchError(f"{LOCK_NAME}: {name} {version}: {path} is not in package {table['package']!r}")
+    return Series(root / name / version, name, version, table["prefix"], table["package"], files)
+
+
+def read_patches(series: Series) -> tuple[Patch, ...]:
+    """Read the patches in the order that the `series` file gives.
+
+    Raises:
+        PatchError: A listed patch is missing, one is not listed, or one lacks a trailer.
+    """
+    listing = series.folder / "series"
+    if not listing.is_file():
+        raise PatchError(f"{series.distribution} {series.version}: no file {listing}")
+    lines = (line.partition("#")[0].strip() for line in listing.read_text(encoding="utf-8").splitlines())
+    names = [line for line in lines if line]
+    there = sorted(path.name for path in series.folder.glob("*.patch"))
+    if sorted(names) != there:
+        raise PatchError(f"{listing}: lists {sorted(names)} != the folder's {there}")
+    patches = tuple(read_patch(series.folder / name) for name in names)
+    for patch in patches:
+        missing = [name for name in TRAILERS if name not in trailers(patch.header)]
+        if missing:
+            raise PatchError(f"{patch.name}: header lacks the trailers {', '.join(missing)}")
+    return patches
+
+
+def site_path(series: Series, diff: FileDiff) -> str | None:
+    """Return the path in site-packages of what a diff changes; None for an upstream test, which is not installed.
+
+    Raises:
+        PatchError: It is neither in the package nor a test, so applying the series would leave it out in silence.
+    """
+    path = diff.path.removeprefix(series.prefix)
+    if diff.path.startswith(series.prefix) and path.startswith(f"{series.package}/"):
+        return path
+    if diff.path.startswith(TEST_FOLDERS):
+        return None
+    raise PatchError(f"{diff.place}: neither in {series.prefix}{series.package}/ nor in {' or '.join(TEST_FOLDERS)}")
+
+
+def touched(series: Series, patches: Iterable[Patch]) -> list[str]:
+    """Return the paths in site-packages that the patches touch, in order."""
+    paths = (site_path(series, diff) for patch in patches for diff in patch.diffs)
+    return sorted({path for path in paths if path is not None})
+
+
+def patched(series: Series, patches: Iterable[Patch], contents: Mapping[str, bytes | None]) -> Contents:
+    """Return the contents with all patches applied in order."""
+    return _run(series, [diff for patch in patches for diff in patch.diffs], contents)
+
+
+def unpatched(series: Series, patches: Iterable[Patch], contents: Mapping[str, bytes | None]) -> Contents:
+    """Return the contents with all patches taken back, the last first."""
+    diffs = [diff for patch in patches for diff in patch.diffs]
+    return _run(series, [diff.inverse() for diff in reversed(diffs)], contents)
+
+
+def upstream_tests(series: Series, patches: Iterable[Patch]) -> dict[str, bytes]:
+    """Return the upstream tests that the patches bring, by upstream path.
+
+    Raises:
+        PatchError: A patch changes a test that no patch brought; wheels hold no tests, so its text is not known.
+    """
+    tests: Contents = {}
+    for diff in (diff for patch in patches for diff in patch.diffs):
+        if site_path(series, diff) is None:
+            tests[diff.path] = apply_diff(diff, tests.get(diff.path))
+    return {path: data for path, data in tests.items() if data is not None}
+
+
+def write_upstream_tests(series: Series, folder: Path) -> list[Path]:
+    """Write the upstream tests that the series brings below a folder, under their upstream paths; return the files."""
+    written = []
+    for path, data in upstream_tests(series, read_patches(series)).items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        written.append(target)
+    return written
+
+
+def digest(data: bytes | None) -> str:
+    """Return the sha256 as the lock writes it."""
+    return ABSENT if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _run(series: Series, diffs: Iterable[FileDiff], contents: Mapping[str, bytes | None]) -> Contents:
+    result = dict(contents)
+    for diff in diffs:
+        path = site_path(series, diff)
+        if path is None:
+            continue
+        if path not in result:
+            raise PatchError(f"{diff.place}: not in {LOCK_NAME}; run `r3 patch lock`")
+        result[path] = apply_diff(diff, result[path])
+    return result

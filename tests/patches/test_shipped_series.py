@@ -1,0 +1,103 @@
+"""Every series in `patches/` is described, locked, and applies to the released files and back."""
+
+import ast
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+from r3_adapter import patching
+from r3_adapter.patchfile import trailers
+from r3_adapter.patching import State
+from r3_adapter.series import (
+    LOCK_NAME,
+    Series,
+    digest,
+    load_series,
+    patches_root,
+    read_patches,
+    write_upstream_tests,
+)
+
+MAX_CHANGED = 250
+SHIPPED = [series for group in load_series().values() for series in group]
+
+each_series = pytest.mark.parametrize("series", SHIPPED, ids=lambda series: f"{series.distribution}-{series.version}")
+
+
+@pytest.fixture
+def released(series: Series, tmp_path: Path) -> Path:
+    """A folder with the released files that the series touches, and the distribution's metadata."""
+    try:
+        installed = distribution(series.distribution)
+    except PackageNotFoundError:
+        pytest.skip(f"{series.distribution} is not installed")
+    if installed.version != series.version:
+        pytest.skip(f"{series.distribution} {series.version} is not installed, but {installed.version}")
+    metadata = [str(file) for file in installed.files or () if file.parts[0].endswith(".dist-info")]
+    for path in [*metadata, *series.files]:
+        source, target = Path(str(installed.locate_file(path))), tmp_path / "site" / path
+        if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    if patching.status([series.distribution], site=tmp_path / "site")[0].state is State.APPLIED:
+        patching.revert([series.distribution], site=tmp_path / "site")
+    return tmp_path / "site"
+
+
+def test_each_folder_with_a_series_is_locked() -> None:
+    root = patches_root()
+    folders = {path.parent.relative_to(root) for path in root.glob("*/*/series")}
+    assert folders == {series.folder.relative_to(root) for series in SHIPPED}
+
+
+@each_series
+def test_each_patch_is_small_and_says_why(series: Series) -> None:
+    rows = (series.folder.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    for patch in read_patches(series):
+        message = re.split(r"^Origin: ", patch.header, maxsplit=1, flags=re.MULTILINE)[0]
+        assert len(message.split()) >= 40, (
+            f"{patch.name}: the header must say why, why not in the adapter, when it can go"
+        )
+        assert patch.changed <= MAX_CHANGED, patch.name
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", trailers(patch.header)["Last-Update"]), patch.name
+        (row,) = [row for row in rows if row.startswith("|") and f"`{patch.name}`" in row]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 4, row
+        assert all(cells), row
+
+
+@each_series
+def test_upstream_tests_come_along(series: Series, tmp_path: Path) -> None:
+    written = write_upstream_tests(series, tmp_path)
+    assert any(path.name.startswith("test_") for path in written)
+    for path in written:
+        if path.suffix == ".py":
+            ast.parse(path.read_bytes(), str(path))
+
+
+@each_series
+def test_series_applies_to_the_release_and_back(series: Series, released: Path) -> None:
+    names = [series.distribution]
+    paths = [path for path in released.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in paths}
+    (outcome,) = patching.apply(names, site=released)
+    assert len(outcome.changed) == len(series.files)
+    for path, pin in series.files.items():
+        data = (released / path).read_bytes() if (released / path).exists() else None
+        assert digest(data) == pin.after
+        if data is not None and path.endswith(".py"):
+            ast.parse(data, path)
+    (outcome,) = patching.apply(names, site=released)
+    assert outcome.changed == ()
+    patching.revert(names, site=released)
+    assert {path: path.read_bytes() for path in released.rglob("*") if path.is_file()} == before
+
+
+@each_series
+def test_lock_is_what_the_release_gives(series: Series, released: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(series.folder.parents[1], tmp_path / "patches"))
+    assert patching.lock(series.distribution, series.version, site=released, root=root).files == series.files
+    assert (root / LOCK_NAME).read_bytes() == (series.folder.parents[1] / LOCK_NAME).read_bytes()
