@@ -1,11 +1,17 @@
-"""Parallel layouts as Megatron-core lays them out: sizes, rank coordinates, and the tokens that a rank's MoE layers see.
+"""Parallel layouts as Megatron-core lays them out: sizes, rank coordinates, and the tokens of a rank's MoE layers.
 
-S: sequence length.
+N: segments; T: tokens of a rank.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from operator import index
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from r3_adapter.errors import LayoutError
 
@@ -24,16 +30,17 @@ class RankCoords(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """The sizes of a trainer's parallel dimensions.
+    """The sizes of a trainer's parallel dimensions; vpp is the number of model chunks of a pipeline stage.
 
     Source: megatron/core/parallel_state.py@0.16.1:initialize_model_parallel, order "tp-cp-ep-dp-pp".
 
     Raises:
-        LayoutError: a size below 1, or an expert grid that does not divide the world.
+        LayoutError: a size below 1, an expert grid that does not divide the world, or chunks without a pipeline.
     """
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     cp: int = 1
     ep: int = 1
     etp: int | None = None
@@ -42,21 +49,25 @@ class ParallelLayout:
     def __post_init__(self) -> None:
         if self.etp is None:
             object.__setattr__(self, "etp", self.tp)
-        for name in ("tp", "pp", "cp", "ep", "etp", "dp"):
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name} ({getattr(self, name)}) < 1 in {self}")
+        if self.vpp > 1 and self.pp == 1:
+            raise LayoutError(f"vpp ({self.vpp}) > 1, but pp is 1 in {self}")
         if self.stage_size % self.expert_size:
             raise LayoutError(
                 f"etp * ep ({self.expert_size}) does not divide tp * cp * dp ({self.stage_size}) in {self}"
             )
 
     @classmethod
-    def smallest(cls, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, etp: int | None = None, dp: int = 1) -> "ParallelLayout":
+    def smallest(
+        cls, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, ep: int = 1, etp: int | None = None, dp: int = 1
+    ) -> "ParallelLayout":
         """Return the layout of the smallest world that the dense and the expert grid both divide."""
         dense, expert = tp * cp * dp, (tp if etp is None else etp) * ep
         if min(dense, expert) < 1:
             raise LayoutError(f"tp * cp * dp ({dense}) and etp * ep ({expert}) must both be at least 1")
-        return cls(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, dp=dp * math.lcm(dense, expert) // dense)
+        return cls(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp * math.lcm(dense, expert) // dense)
 
     @property
     def stage_size(self) -> int:
@@ -92,3 +103,124 @@ class ParallelLayout:
             ep_rank=place // self.etp % self.ep,
             edp_rank=place // self.expert_size,
         )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the samples of a micro-batch lie in its tokens; made by `padded` or `packed`.
+
+    qkv_format: "sbhd", every sample padded to one sequence length, rows in Megatron's order [s, b]; or "thd", the
+        samples one after the other in a batch of 1.
+    rooms: the tokens of each sample, padding included.
+
+    Raises:
+        LayoutError: no samples, a room below 0, or rooms that differ in "sbhd".
+    """
+
+    qkv_format: Literal["sbhd", "thd"]
+    rooms: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.qkv_format not in ("sbhd", "thd"):
+            raise LayoutError(f"qkv_format {self.qkv_format!r} is neither 'sbhd' nor 'thd'")
+        if not self.rooms:
+            raise LayoutError(f"a {self.qkv_format} micro-batch without samples")
+        for sample, room in enumerate(self.rooms):
+            if room < 0:
+                raise LayoutError(f"room ({room}) of sample {sample} < 0")
+            if self.qkv_format == "sbhd" and room != self.rooms[0]:
+                raise LayoutError(f"room ({room}) of sample {sample} != {self.rooms[0]} of sample 0 in sbhd")
+
+    @classmethod
+    def padded(cls, num_samples: int, seq_length: int) -> "Packing":
+        """Return the packing "sbhd" of samples that are padded to one length."""
+        return cls("sbhd", (index(seq_length),) * index(num_samples))
+
+    @classmethod
+    def packed(cls, cu_seqlens_padded: Sequence[int] | npt.NDArray[np.integer]) -> "Packing":
+        """Return the packing "thd" of samples that begin and end at [num_samples + 1] cumulated padded lengths.
+
+        Raises:
+            LayoutError: lengths that do not begin with 0, or decrease.
+        """
+        bounds = [index(bound) for bound in cu_seqlens_padded]
+        if not bounds or bounds[0] != 0:
+            raise LayoutError(f"cu_seqlens_padded {bounds} does not begin with 0")
+        return cls("thd", tuple(stop - start for start, stop in pairwise(bounds)))
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.rooms)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the micro-batch, padding included."""
+        return sum(self.rooms)
+
+
+def local_num_tokens(packing: Packing, layout: ParallelLayout) -> int:
+    """Return T, the tokens of a rank's MoE layers.
+
+    Raises:
+        LayoutError: a sample that context parallelism, or rows that sequence parallelism does not divide.
+    """
+    cp, tp = layout.cp, layout.tp
+    if cp > 1:
+        for sample, room in enumerate(packing.rooms):
+            if room % (2 * cp):
+                raise LayoutError(f"2 * cp ({2 * cp}) does not divide room ({room}) of sample {sample}")
+    rows = (packing.rooms[0] if packing.qkv_format == "sbhd" else packing.num_tokens) // cp
+    if rows % tp:
+        raise LayoutError(f"tp ({tp}) does not divide the {rows} sequence rows of a cp rank in {packing.qkv_format}")
+    return packing.num_tokens // (cp * tp)
+
+
+def local_segments(packing: Packing, layout: ParallelLayout, coords: RankCoords) -> npt.NDArray[np.int64]:
+    """Return which tokens of which samples a rank's MoE layers see, and at which local rows.
+
+    Context parallelism cuts each sample into 2 * cp chunks, of which a rank has chunks cp_rank and
+    2 * cp - 1 - cp_rank; sequence parallelism, which MoE training always uses with tp > 1, then cuts the rank's
+    sequence rows into tp equal parts.
+
+    Returns:
+        [N, 5] int64, C-contiguous; each line is sample, pos, length, row, stride: the tokens pos to pos + length of
+        the sample are at the local rows row, row + stride, and so on. Together they fill the rows 0 to T - 1 once.
+
+    Raises:
+        LayoutError: sizes that do not divide.
+
+    Source:
+        megatron/core/utils.py@0.16.1:get_batch_on_this_cp_rank and get_thd_batch_on_this_cp_rank;
+        megatron/core/tensor_parallel/mappings.py@0.16.1:_split_along_first_dim.
+    """
+    part = local_num_tokens(packing, layout)
+    samples, starts, lengths = _cp_chunks(packing, layout.cp, coords.cp_rank)
+    if packing.qkv_format == "sbhd":
+        # A sequence row holds one token of each sample: every sample is cut alike and the samples interleave.
+        lines, stride, column = lengths.reshape(packing.num_samples, -1), packing.num_samples, samples
+    else:
+        lines, stride, column = lengths.reshape(1, -1), 1, np.zeros_like(samples)
+    rows = (np.cumsum(lines, axis=1) - lines).ravel()
+    low, high = coords.tp_rank * part // stride, (coords.tp_rank + 1) * part // stride
+    first, last = np.clip(rows, low, high), np.clip(rows + lengths, low, high)
+    columns = (
+        samples,
+        starts + first - rows,
+        last - first,
+        (first - low) * stride + column,
+        np.full_like(rows, stride),
+    )
+    return np.ascontiguousarray(np.stack(columns, axis=1)[last > first])
+
+
+def _cp_chunks(
+    packing: Packing, cp: int, cp_rank: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return sample, first position and length of a rank's chunks, in the order of its rows of each sample."""
+    samples = np.arange(packing.num_samples, dtype=np.int64)
+    rooms = np.array(packing.rooms, dtype=np.int64)
+    if cp == 1:
+        return samples, np.zeros_like(rooms), rooms
+    chunk = np.repeat(rooms // (2 * cp), 2)
+    which = np.tile(np.array([cp_rank, 2 * cp - 1 - cp_rank], dtype=np.int64), packing.num_samples)
+    return np.repeat(samples, 2), which * chunk, chunk

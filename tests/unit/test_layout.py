@@ -1,9 +1,10 @@
 import itertools
 
+import numpy as np
 import pytest
 
 from r3_adapter.errors import LayoutError
-from r3_adapter.layout import ParallelLayout
+from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
 
 
 @pytest.mark.parametrize("sizes", list(itertools.product((1, 2), (1, 2), (1, 2), (1, 2, 4), (1, 2))))
@@ -28,3 +29,98 @@ def test_impossible_layouts_are_refused():
         ParallelLayout().coords(1)
     with pytest.raises(LayoutError, match=r"pp \(0\) < 1"):
         ParallelLayout(pp=0)
+
+
+def rows_of(packing, layout, rank):
+    """Return {local row: (sample, position)} that local_segments gives, and check that it is well formed."""
+    segments = local_segments(packing, layout, layout.coords(rank))
+    assert segments.dtype == np.int64 and segments.flags.c_contiguous and segments.shape[1] == 5
+    rows = [
+        (row + i * stride, (sample, pos + i))
+        for sample, pos, length, row, stride in segments.tolist()
+        for i in range(length)
+    ]
+    assert sorted(row for row, _ in rows) == list(range(local_num_tokens(packing, layout)))
+    return dict(rows)
+
+
+def test_a_padded_batch_interleaves_its_samples():
+    assert local_segments(Packing.padded(2, 3), ParallelLayout(), ParallelLayout().coords(0)).tolist() == [
+        [0, 0, 3, 0, 2],
+        [1, 0, 3, 1, 2],
+    ]
+
+
+def test_context_parallel_ranks_get_a_chunk_from_both_ends():
+    layout = ParallelLayout(cp=2)
+    packing = Packing.padded(1, 8)
+    assert [pos for _, pos in rows_of(packing, layout, 0).values()] == [0, 1, 6, 7]
+    assert [pos for _, pos in rows_of(packing, layout, 1).values()] == [2, 3, 4, 5]
+
+
+def test_packed_samples_are_cut_each_by_itself():
+    layout = ParallelLayout(cp=2)
+    packing = Packing.packed([0, 4, 4, 12])
+    assert list(rows_of(packing, layout, 0).values()) == [(0, 0), (0, 3), (2, 0), (2, 1), (2, 6), (2, 7)]
+    assert list(rows_of(packing, layout, 1).values()) == [(0, 1), (0, 2), (2, 2), (2, 3), (2, 4), (2, 5)]
+
+
+def test_sequence_parallel_ranks_cut_the_rows_of_their_context_parallel_rank():
+    layout = ParallelLayout(tp=2, cp=2)
+    packing = Packing.padded(2, 8)
+    assert rows_of(packing, layout, 0) == {0: (0, 0), 1: (1, 0), 2: (0, 1), 3: (1, 1)}
+    assert rows_of(packing, layout, 1) == {0: (0, 6), 1: (1, 6), 2: (0, 7), 3: (1, 7)}
+    assert rows_of(packing, layout, 3) == {0: (0, 4), 1: (1, 4), 2: (0, 5), 3: (1, 5)}
+    packed = Packing.packed([0, 4, 12])
+    assert list(rows_of(packed, layout, 0).values()) == [(0, 0), (0, 3), (1, 0)]
+    assert list(rows_of(packed, layout, 1).values()) == [(1, 1), (1, 6), (1, 7)]
+
+
+@pytest.mark.parametrize("sizes", list(itertools.product((1, 2, 4), (1, 2), (1, 2, 3), (1, 2))))
+@pytest.mark.parametrize("packing", [Packing.padded(3, 24), Packing.packed([0, 12, 12, 36, 48])])
+def test_ranks_of_a_copy_share_every_token_once(sizes, packing):
+    tp, pp, cp, dp = sizes
+    layout = ParallelLayout(tp=tp, pp=pp, cp=cp, dp=dp, etp=1)
+    every = sorted((sample, pos) for sample, room in enumerate(packing.rooms) for pos in range(room))
+    copies: dict = {}
+    for rank in range(layout.world_size):
+        place = layout.coords(rank)
+        copies.setdefault((place.dp_rank, place.pp_rank), []).extend(rows_of(packing, layout, rank).values())
+    assert len(copies) == dp * pp
+    assert all(sorted(tokens) == every for tokens in copies.values())
+
+
+def test_packings_that_cannot_be_are_refused():
+    cases = [
+        (lambda: Packing.padded(0, 4), "a sbhd micro-batch without samples"),
+        (lambda: Packing.packed([0]), "a thd micro-batch without samples"),
+        (lambda: Packing.packed([]), r"cu_seqlens_padded \[\] does not begin with 0"),
+        (lambda: Packing.packed([1, 4]), r"cu_seqlens_padded \[1, 4\] does not begin with 0"),
+        (lambda: Packing.packed(np.array([0, 4, 3])), r"room \(-1\) of sample 1 < 0"),
+        (lambda: Packing.padded(2, -4), r"room \(-4\) of sample 0 < 0"),
+        (lambda: Packing("sbhd", (4, 5)), r"room \(5\) of sample 1 != 4 of sample 0 in sbhd"),
+        (lambda: Packing("bshd", (4, 4)), "qkv_format 'bshd' is neither 'sbhd' nor 'thd'"),
+    ]
+    for make, message in cases:
+        with pytest.raises(LayoutError, match=message):
+            make()
+    with pytest.raises(TypeError):
+        Packing.packed([0, 4.5])
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    cases = [
+        (Packing.padded(2, 6), ParallelLayout(cp=2), r"2 \* cp \(4\) does not divide room \(6\) of sample 0"),
+        (Packing.packed([0, 4, 10]), ParallelLayout(cp=2), r"2 \* cp \(4\) does not divide room \(6\) of sample 1"),
+        (Packing.padded(2, 3), ParallelLayout(tp=2), r"tp \(2\) does not divide the 3 sequence rows .* in sbhd"),
+        (Packing.packed([0, 4, 8]), ParallelLayout(tp=8, cp=1), None),
+        (Packing.packed([0, 4, 8]), ParallelLayout(tp=8, cp=2), r"tp \(8\) does not divide the 4 sequence rows"),
+    ]
+    for packing, layout, message in cases:
+        if message is None:
+            assert local_num_tokens(packing, layout) == 1
+            continue
+        with pytest.raises(LayoutError, match=message):
+            local_num_tokens(packing, layout)
+        with pytest.raises(LayoutError, match=message):
+            local_segments(packing, layout, layout.coords(0))

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace r3 {
+
+void register_rows(pybind11::module_& module);
+void register_repack(pybind11::module_& module);
+void register_collect(pybind11::module_& module);
+
+}  // namespace r3

@@ -1,0 +1,220 @@
+// Tests of the core by itself, for sanitizers to watch: arrays have no room to spare on either side.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "r3/collect.hpp"
+#include "r3/repack.hpp"
+#include "r3/rows.hpp"
+
+namespace {
+
+void check(bool good, char const* what, int line) {
+  if (!good) {
+    std::fprintf(stderr, "line %d: %s\n", line, what);
+    std::exit(1);
+  }
+}
+#define CHECK(what) check((what), #what, __LINE__)
+
+template <class Action>
+std::string error_of(Action action) {
+  try {
+    action();
+  } catch (std::invalid_argument const& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+bool contains(std::string const& text, std::string const& part) { return text.find(part) != std::string::npos; }
+
+// The k-th expert of a token in a layer: distinct for k < K <= E.
+template <class Id>
+Id expert(std::size_t token, std::size_t layer, std::size_t k, std::size_t num_experts) {
+  return static_cast<Id>((token * 5 + layer * 3 + k) % num_experts);
+}
+
+// Two samples, of which the second ends in a token that was not captured, in a padded batch with padding.
+template <class Id, class Out>
+struct Example {
+  static constexpr std::size_t kLayers = 3, kLocalLayers = 2, kRoom = 6;
+  std::size_t topk, num_experts;
+  std::vector<std::size_t> lengths = {4, 5};
+  std::vector<std::vector<Id>> ids;
+  std::vector<std::vector<std::int32_t>> versions, token_ids;
+  std::vector<std::int64_t> layers = {2, 0};
+  std::vector<r3::Segment> segments = {{0, 0, 6, 0, 2}, {1, 0, 6, 1, 2}};
+  std::vector<Out> out;
+  std::vector<std::int32_t> row_versions = std::vector<std::int32_t>(2 * kRoom);
+  std::vector<std::int64_t> counts, expected = std::vector<std::int64_t>(2 * kRoom, -7);
+
+  Example(std::size_t k, std::size_t e) : topk(k), num_experts(e) {
+    for (std::size_t sample = 0; sample < 2; ++sample) {
+      versions.emplace_back(lengths[sample], static_cast<std::int32_t>(sample));
+      token_ids.emplace_back();
+      ids.emplace_back();
+      for (std::size_t token = 0; token < lengths[sample]; ++token) {
+        token_ids[sample].push_back(static_cast<std::int32_t>(100 * sample + token));
+        expected[2 * token + sample] = token_ids[sample][token];
+        for (std::size_t i = 0; i < kLayers * k; ++i) {
+          ids[sample].push_back(expert<Id>(token + sample, i / k, i % k, e));
+        }
+      }
+    }
+    versions[1][4] = -1;
+    std::fill(ids[1].end() - static_cast<std::ptrdiff_t>(kLayers * k), ids[1].end(), Id{0});
+    out.resize(kLocalLayers * 2 * kRoom * k);
+    counts.resize(kLocalLayers * e);
+  }
+
+  void repack(std::size_t num_threads) {
+    r3::RepackJob<Id, Out> job{.traces = {},
+                               .segments = segments,
+                               .layer_indices = layers,
+                               .num_layers = kLayers,
+                               .topk = topk,
+                               .num_experts = num_experts,
+                               .ep_size = 2,
+                               .num_rows = row_versions.size(),
+                               .num_threads = num_threads,
+                               .out = out.data(),
+                               .row_versions = row_versions.data(),
+                               .counts = counts.data(),
+                               .expected_tokens = expected.data()};
+    for (std::size_t i = 0; i < 2; ++i) {
+      job.traces.push_back({ids[i].data(), versions[i].data(), token_ids[i].data(), lengths[i]});
+    }
+    r3::repack(job);
+  }
+
+  // Collects the two local layers from what repack wrote; layer 0 is given in a second shard.
+  std::vector<std::vector<Id>> collect(std::size_t num_threads, std::vector<std::int64_t> const& second = {1}) {
+    std::vector<std::int64_t> const first = {0};
+    std::vector<std::vector<Id>> samples;
+    std::vector<std::vector<std::int32_t>> found;
+    std::vector<std::int32_t> const names = {7, 9};
+    r3::CollectJob<Id> job{.shards = {},
+                           .samples = {},
+                           .layer_ids = names,
+                           .topk = topk,
+                           .num_experts = num_experts,
+                           .num_threads = num_threads};
+    for (std::size_t i = 0; i < 2; ++i) {
+      samples.emplace_back(lengths[i] * 2 * topk);
+      found.emplace_back(lengths[i]);
+    }
+    for (std::size_t i = 0; i < 2; ++i) {
+      job.samples.push_back({samples[i].data(), found[i]});
+      Out const* layer = out.data() + i * row_versions.size() * topk;
+      job.shards.push_back({layer, row_versions, i == 0 ? first : second, segments});
+    }
+    r3::collect(job);
+    CHECK(found == versions);
+    return samples;
+  }
+};
+
+template <class Id, class Out>
+void test_round_trip(std::size_t topk, std::size_t num_experts) {
+  for (std::size_t num_threads : {1, 2, 5, 40}) {
+    Example<Id, Out> example(topk, num_experts);
+    example.repack(num_threads);
+    CHECK((example.row_versions ==
+           std::vector<std::int32_t>{0, 1, 0, 1, 0, 1, 0, 1, r3::kPadding, r3::kLive, r3::kPadding, r3::kPadding}));
+    for (std::size_t k = 0; k < topk; ++k) {
+      CHECK(example.out[3 * topk + k] == static_cast<Out>(expert<Id>(2, 2, k, num_experts)));
+      CHECK(example.out[(12 + 2) * topk + k] == static_cast<Out>(expert<Id>(1, 0, k, num_experts)));
+      CHECK(example.out[9 * topk + k] == static_cast<Out>(-1));
+    }
+    CHECK(example.out[8 * topk] == 0);
+    CHECK(topk == 1 || example.out[8 * topk + 1] == static_cast<Out>(num_experts / 2));
+    std::int64_t sum = 0;
+    for (auto count : example.counts) {
+      sum += count;
+    }
+    CHECK(sum == static_cast<std::int64_t>(2 * 11 * topk));
+    auto const samples = example.collect(num_threads);
+    for (std::size_t i = 0; i < 2; ++i) {
+      for (std::size_t cell = 0; cell < samples[i].size(); ++cell) {
+        std::size_t const token = cell / (2 * topk), m = cell / topk % 2, k = cell % topk;
+        std::size_t const layer = m == 0 ? 2 : 0;
+        CHECK(samples[i][cell] == example.ids[i][(token * 3 + layer) * topk + k]);
+      }
+    }
+  }
+}
+
+template <class Id, class Out>
+void test_all_topk() {
+  for (std::size_t topk = 1; topk <= 17; ++topk) {
+    test_round_trip<Id, Out>(topk, 18);
+    test_round_trip<Id, Out>(topk, 254);
+  }
+}
+
+void test_refusals() {
+  using Small = Example<std::uint8_t, std::int16_t>;
+  auto refused = [](auto change) {
+    Small example(2, 8);
+    change(example);
+    return error_of([&] { example.repack(3); });
+  };
+  CHECK(refused([](Small&) {}) == "no error");
+  CHECK(contains(refused([](Small& x) { x.segments.pop_back(); }), "local row 1 of 12 is covered by no segment"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].row = 0; }), "local row 0 is covered twice"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].length = 7; }), "leave the 12 local rows"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].row = INT64_MAX; }), "leave the 12 local rows"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].stride = INT64_MAX; }), "leave the 12 local rows"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].length = INT64_MAX; }), "leave the 12 local rows"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].pos = INT64_MAX; }), "too large"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].stride = 0; }), "too small"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].sample = 2; }), "sample (2) outside the 2 samples"));
+  CHECK(contains(refused([](Small& x) { x.segments[1].sample = -1; }), "sample (-1) outside"));
+  CHECK(contains(refused([](Small& x) { x.layers[1] = 3; }), "layer index (3) outside the 3 layers"));
+  CHECK(contains(refused([](Small& x) { x.layers[1] = -1; }), "layer index (-1)"));
+  CHECK(contains(refused([](Small& x) { x.ids[1][7] = 8; }), "id (8) >= num_experts (8) in the trace of sample 1"));
+  CHECK(
+      contains(refused([](Small& x) { x.expected[4] = 5; }), "token (2) of the trace of sample 0 at position 2 != 5"));
+  CHECK(contains(refused([](Small& x) { x.num_experts = 7; }), "ep_size (2) does not divide num_experts (7)"));
+
+  Small example(2, 8);
+  example.repack(1);
+  CHECK(contains(error_of([&] { example.collect(1, {0}); }), "sample 0, token 0, layer 7 is held twice"));
+  CHECK(contains(error_of([&] { example.collect(1, {2}); }), "layer index (2) of shard 1"));
+  example.out[12 * 2 + 2 * 2] = -1;
+  CHECK(contains(error_of([&] { example.collect(3); }), "id (-1) of sample 0, token 1, layer 9 is outside 0 to"));
+  example.row_versions[11] = 0;
+  CHECK(contains(error_of([&] { example.collect(1); }), "sample 1, token 5 is padding"));
+}
+
+template <class Id>
+void test_rows() {
+  for (std::size_t topk = 1; topk <= 17; ++topk) {
+    std::vector<Id> ids;
+    for (std::size_t i = 0; i < 2 * 3 * topk; ++i) {
+      ids.push_back(expert<Id>(0, i / topk, i % topk, 18));
+    }
+    std::vector<std::int32_t> const versions = {0, 5};
+    auto find = [&] { return r3::find_bad_row(ids.data(), versions.data(), 2, 3, topk, 18); };
+    CHECK(!find());
+    ids.back() = 18;
+    CHECK(find() == std::pair(std::size_t{1}, std::size_t{2}));
+    ids[topk * 2 - 1] = topk == 1 ? Id{200} : ids[topk];
+    CHECK(find() == std::pair(std::size_t{0}, std::size_t{1}));
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_rows<std::uint8_t>();
+  test_rows<std::uint16_t>();
+  test_all_topk<std::uint8_t, std::uint8_t>();
+  test_all_topk<std::uint8_t, std::int16_t>();
+  test_all_topk<std::uint16_t, std::int32_t>();
+  test_refusals();
+  std::puts("all passed");
+}

@@ -1,0 +1,71 @@
+"""The loops over routes. Arrays are taken as they are: a dtype or layout that does not fit is refused.
+
+S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts; T: local rows; N: segments.
+Every array is C-contiguous and aligned. Wrong arrays and values raise ValueError; what is no array, TypeError.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+def find_bad_row(
+    topk_ids: npt.NDArray[Any], version_ids: npt.NDArray[np.int32], num_experts: int
+) -> tuple[int, int] | None:
+    """Return (token, layer) of the first wrong row, or None.
+
+    topk_ids: [S, M, K] uint8 or uint16.
+    version_ids: [S] int32; a row with a version >= 0 needs K distinct ids below num_experts, any other row only 0.
+    """
+
+def repack(
+    *,
+    topk_ids: list[npt.NDArray[Any]],
+    version_ids: list[npt.NDArray[np.int32]],
+    segments: npt.NDArray[np.int64],
+    layer_indices: npt.NDArray[np.int64],
+    out: npt.NDArray[Any],
+    row_versions: npt.NDArray[np.int32],
+    num_experts: int,
+    ep_size: int,
+    counts: npt.NDArray[np.int64] | None = None,
+    token_ids: list[npt.NDArray[np.int32]] | None = None,
+    expected_ids: npt.NDArray[np.int64] | None = None,
+    num_threads: int = 1,
+) -> None:
+    """Write what a rank's MoE layers need of the traces of a micro-batch.
+
+    topk_ids: [S, M, K] uint8 or uint16 of each sample.
+    version_ids: [S] int32 of each sample; below 0 where the row was not captured.
+    segments: [N, 5] int64; sample, pos, length, row, stride; positions from S on are padding.
+    layer_indices: [M_local] int64; index into M of each local layer.
+    out: [M_local, T, K] uint8, uint16, int16, int32 or int64, written; all bits set in live rows.
+    row_versions: [T] int32, written; the version, or -1 live, -2 padding.
+    ep_size: divides num_experts; padding is spread evenly over the ep_size ranks and their experts.
+    counts: [M_local, E] int64, written; ids of each expert in replayed and padding rows.
+    token_ids: [S] int32 of each sample; compared with
+    expected_ids: [T] int64; the micro-batch's tokens at the local rows; not looked at in padding rows.
+    """
+
+def collect(
+    *,
+    ids: list[npt.NDArray[Any]],
+    row_versions: list[npt.NDArray[np.int32]],
+    segments: list[npt.NDArray[np.int64]],
+    layer_indices: list[npt.NDArray[np.int64]],
+    topk_ids: list[npt.NDArray[Any]],
+    version_ids: list[npt.NDArray[np.int32]],
+    layer_ids: npt.NDArray[np.int32],
+    num_experts: int,
+    num_threads: int = 1,
+) -> None:
+    """Write the traces that the shards hold together; the inverse of repack.
+
+    ids: [M_shard, T, K] uint8, uint16, int16, int32 or int64 of each shard; not looked at in live and padding rows.
+    row_versions: [T] int32 of each shard; the version, or -1 live, -2 padding.
+    segments: [N, 5] int64 of each shard, as in repack.
+    layer_indices: [M_shard] int64 of each shard; index into M.
+    topk_ids: [S, M, K] uint8 or uint16 of each sample, written; 0 in rows that were live.
+    version_ids: [S] int32 of each sample, written; -1 in rows that were live.
+    layer_ids: [M] int32; names a layer in an error.
+    """

@@ -1,0 +1,269 @@
+"""From the traces of a micro-batch to what a rank's MoE layers need, and back.
+
+S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts; T: tokens of a rank; N: segments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from r3_adapter import _core
+from r3_adapter.errors import LayoutError, TraceError
+from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
+from r3_adapter.trace import RoutingTrace, ids_dtype
+
+LIVE = -1
+PADDING = -2
+
+
+@dataclass(frozen=True, eq=False)
+class RankRoutes:
+    """The routes of a micro-batch that one rank's MoE layers need.
+
+    topk_ids: [M_local, T, K] uint8, uint16, int16, int32 or int64, C-contiguous; distinct expert ids in a row; all bits
+        set (-1 where signed) in a live row; ids that load experts evenly in a padding row.
+    row_versions: [T] int32; index into weight_versions of a replayed row, LIVE, or PADDING.
+    weight_versions: names of the weights that computed the rows.
+    layer_ids: [M_local] int32; global decoder layer of each local MoE layer.
+    counts: [M_local, E] int64; rows of each expert, replayed and padding; live rows are not known yet.
+    segments: [N, 5] int64; which tokens lie at which rows, as `local_segments` gives them.
+    """
+
+    topk_ids: npt.NDArray[Any]
+    row_versions: npt.NDArray[np.int32]
+    weight_versions: tuple[str, ...]
+    layer_ids: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int64]
+
+    @property
+    def num_replayed(self) -> int:
+        """Number of rows with a route."""
+        return int(np.count_nonzero(self.row_versions >= 0))
+
+    @property
+    def num_live(self) -> int:
+        """Number of rows that the router routes itself."""
+        return int(np.count_nonzero(self.row_versions == LIVE))
+
+    @property
+    def num_padding(self) -> int:
+        """Number of rows without a token."""
+        return int(np.count_nonzero(self.row_versions == PADDING))
+
+
+def repack(
+    traces: Sequence[RoutingTrace],
+    packing: Packing,
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    layer_ids: Sequence[int] | npt.NDArray[np.integer],
+    input_ids: npt.NDArray[np.integer] | None = None,
+    dtype: npt.DTypeLike = np.int16,
+    num_threads: int = 1,
+) -> RankRoutes:
+    """Return what a rank's MoE layers need of the traces of a micro-batch, in one pass.
+
+    Args:
+        traces: one for each sample of the packing.
+        packing: how the samples lie in the micro-batch.
+        layout: sizes of the trainer's parallel dimensions.
+        rank: global rank.
+        layer_ids: [M_local] global decoder layer of each MoE layer of this rank, in the order of its routers.
+        input_ids: the micro-batch's tokens on this context parallel rank, as Megatron's embedding gets them:
+            [b, s_local] in "sbhd", [t_local] in "thd"; compared with the tokens of the traces except in padding.
+        dtype: of the ids; uint8, uint16, int16, int32 or int64.
+        num_threads: threads to copy with.
+
+    Raises:
+        TraceError: traces that disagree, or whose tokens are not those of the micro-batch; names sample and position.
+        LayoutError: traces, layers or a dtype that do not fit the packing, the layout or the model.
+    """
+    _check_traces(traces, packing)
+    coords = layout.coords(rank)
+    num_rows = local_num_tokens(packing, layout)
+    segments = local_segments(packing, layout, coords)
+    local_layers, layer_indices = _find_layers(layer_ids, traces[0].layer_ids)
+    num_experts = traces[0].num_experts
+    if num_experts % layout.ep:
+        raise LayoutError(f"ep ({layout.ep}) does not divide num_experts ({num_experts})")
+    expected = None if input_ids is None else _rank_tokens(input_ids, packing, layout, coords.tp_rank)
+    versions, version_ids = _unite([trace.weight_versions for trace in traces], [t.version_ids for t in traces])
+    routes = RankRoutes(
+        topk_ids=np.empty((len(local_layers), num_rows, traces[0].topk), dtype=_local_dtype(dtype, num_experts)),
+        row_versions=np.empty(num_rows, dtype=np.int32),
+        weight_versions=versions,
+        layer_ids=local_layers,
+        counts=np.empty((len(local_layers), num_experts), dtype=np.int64),
+        segments=segments,
+    )
+    try:
+        _core.repack(
+            topk_ids=[trace.topk_ids for trace in traces],
+            version_ids=version_ids,
+            segments=segments,
+            layer_indices=layer_indices,
+            out=routes.topk_ids,
+            row_versions=routes.row_versions,
+            counts=routes.counts,
+            num_experts=num_experts,
+            ep_size=layout.ep,
+            token_ids=None if expected is None else [trace.token_ids for trace in traces],
+            expected_ids=expected,
+            num_threads=num_threads,
+        )
+    except ValueError as error:
+        raise TraceError(f"rank {rank}: {error}") from error
+    return routes
+
+
+def collect(
+    shards: Sequence[RankRoutes],
+    token_ids: Sequence[npt.NDArray[np.int32]],
+    *,
+    layer_ids: Sequence[int] | npt.NDArray[np.integer],
+    num_experts: int,
+    num_threads: int = 1,
+) -> list[RoutingTrace]:
+    """Return the traces that the shards of all ranks hold together: the inverse of `repack`.
+
+    A live row comes back as not captured. weight_versions of a trace names what its rows use, in the order of their
+    first use.
+
+    Args:
+        shards: of one copy of the micro-batch; each token and layer in exactly one of them.
+        token_ids: [S] int32 of each sample; rows of a shard at positions from S on must be padding.
+        layer_ids: [M] global decoder layer of each MoE layer of the model, increasing.
+        num_experts: E.
+        num_threads: threads to copy with.
+
+    Raises:
+        TraceError: a token and layer that no shard or more than one holds, an id out of range or twice in a row, shards
+            that disagree on the version of a token; names sample, token and layer.
+        LayoutError: no shards, or a layer that is none of layer_ids.
+    """
+    if not shards:
+        raise LayoutError("no shards")
+    layers = np.array([index(layer) for layer in layer_ids], dtype=np.int32)
+    layer_indices = [_find_layers(shard.layer_ids, layers)[1] for shard in shards]
+    topk = shards[0].topk_ids.shape[2]
+    versions, row_versions = _unite([shard.weight_versions for shard in shards], [s.row_versions for s in shards])
+    topk_ids = [np.empty((len(ids), len(layers), topk), dtype=ids_dtype(num_experts)) for ids in token_ids]
+    version_ids = [np.empty(len(ids), dtype=np.int32) for ids in token_ids]
+    try:
+        _core.collect(
+            ids=[shard.topk_ids for shard in shards],
+            row_versions=row_versions,
+            segments=[shard.segments for shard in shards],
+            layer_indices=layer_indices,
+            topk_ids=topk_ids,
+            version_ids=version_ids,
+            layer_ids=layers,
+            num_experts=num_experts,
+            num_threads=num_threads,
+        )
+    except ValueError as error:
+        raise TraceError(f"{error}") from error
+    traces = []
+    for sample, (ids, tokens, rows) in enumerate(zip(topk_ids, token_ids, version_ids, strict=True)):
+        used, names = _used_versions(rows, versions)
+        try:
+            traces.append(RoutingTrace(ids, tokens, used, layers, num_experts, names))
+        except TraceError as error:
+            raise TraceError(f"sample {sample}: {error}") from error
+    return traces
+
+
+def _check_traces(traces: Sequence[RoutingTrace], packing: Packing) -> None:
+    if len(traces) != packing.num_samples:
+        raise LayoutError(f"{len(traces)} traces != {packing.num_samples} samples of the packing")
+    first = traces[0]
+    for sample, trace in enumerate(traces):
+        if trace.num_tokens > packing.rooms[sample]:
+            raise LayoutError(
+                f"trace of {trace.num_tokens} tokens > room ({packing.rooms[sample]}) of sample {sample} in the packing"
+            )
+        for name in ("num_experts", "topk"):
+            if getattr(trace, name) != getattr(first, name):
+                raise TraceError(
+                    f"{name} ({getattr(trace, name)}) of sample {sample} != {getattr(first, name)} of sample 0"
+                )
+        if not np.array_equal(trace.layer_ids, first.layer_ids):
+            raise TraceError(
+                f"layer_ids {trace.layer_ids.tolist()} of sample {sample} != {first.layer_ids.tolist()} of sample 0"
+            )
+
+
+def _find_layers(
+    wanted: Sequence[int] | npt.NDArray[np.integer], known: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Return the wanted layers and their indices in the known ones."""
+    at = {int(layer): place for place, layer in enumerate(known)}
+    layers = [index(layer) for layer in wanted]
+    for layer in layers:
+        if layer not in at:
+            raise LayoutError(f"layer {layer} is none of the MoE layers {known.tolist()}")
+    if len(set(layers)) != len(layers):
+        raise LayoutError(f"layer_ids {layers} name a layer twice")
+    return np.array(layers, dtype=np.int32), np.array([at[layer] for layer in layers], dtype=np.int64)
+
+
+def _local_dtype(dtype: npt.DTypeLike, num_experts: int) -> np.dtype[Any]:
+    """Return the dtype if it can hold E ids and the mark of a live row."""
+    wanted = np.dtype(dtype)
+    if wanted not in (np.uint8, np.uint16, np.int16, np.int32, np.int64):
+        raise LayoutError(f"dtype {wanted} is none of uint8, uint16, int16, int32, int64")
+    most = np.iinfo(wanted).max + (1 if wanted.kind == "i" else 0)
+    if num_experts > most:
+        raise LayoutError(
+            f"num_experts ({num_experts}) > {most}, the most that {wanted} can hold beside a live row's mark"
+        )
+    return wanted
+
+
+def _rank_tokens(
+    input_ids: npt.NDArray[np.integer], packing: Packing, layout: ParallelLayout, tp_rank: int
+) -> npt.NDArray[np.int64]:
+    """Return [T] the tokens of the rank's rows: those of its context parallel rank, cut for sequence parallelism."""
+    rows, num_samples = packing.num_tokens // layout.cp, packing.num_samples
+    want = (num_samples, rows // num_samples) if packing.qkv_format == "sbhd" else (rows,)
+    if input_ids.shape != want or input_ids.dtype.kind not in "iu":
+        raise LayoutError(f"input_ids {input_ids.shape} {input_ids.dtype} != {want} integers of a cp rank")
+    part = rows // layout.tp
+    return np.ascontiguousarray(input_ids.T, dtype=np.int64).reshape(-1)[tp_rank * part : (tp_rank + 1) * part]
+
+
+def _unite(
+    tables: Sequence[tuple[str, ...]], version_ids: Sequence[npt.NDArray[np.int32]]
+) -> tuple[tuple[str, ...], list[npt.NDArray[np.int32]]]:
+    """Return one table of weight versions for all, and the ids into it; ids below 0 stay as they are."""
+    united = dict.fromkeys(version for table in tables for version in table)
+    at = {version: place for place, version in enumerate(united)}
+    result = []
+    for table, ids in zip(tables, version_ids, strict=True):
+        if np.any(ids >= len(table)):
+            raise TraceError(f"version id ({ids.max()}) is not one of the {len(table)} weight versions {table}")
+        places = np.array([at[version] for version in table], dtype=np.int32)
+        if np.array_equal(places, np.arange(len(table))):
+            result.append(ids)
+            continue
+        moved = ids.copy()
+        moved[ids >= 0] = places[ids[ids >= 0]]
+        result.append(moved)
+    return tuple(united), result
+
+
+def _used_versions(
+    version_ids: npt.NDArray[np.int32], table: tuple[str, ...]
+) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
+    """Return ids into, and the table of, only the versions that are used, in the order of their first use."""
+    used, first = np.unique(version_ids[version_ids >= 0], return_index=True)
+    used = used[np.argsort(first)]
+    places = np.full(len(table) + 1, -1, dtype=np.int32)
+    places[used] = np.arange(len(used), dtype=np.int32)
+    return places[version_ids], tuple(table[version] for version in used)

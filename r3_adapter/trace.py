@@ -1,0 +1,226 @@
+"""RoutingTrace: the experts that a rollout used for one sample, bound to its tokens; the one type that crosses modules.
+
+S: tokens of the sample; M: its MoE layers; K: experts a token; E: experts of a layer.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from r3_adapter import _core
+from r3_adapter.errors import TraceError
+
+FORMAT = "r3.routing_trace/1"
+NOT_CAPTURED = -1
+_MAX_HEADER = 1 << 20
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
+_RANKS = {"topk_ids": 3, "token_ids": 1, "version_ids": 1, "layer_ids": 1}
+
+
+def ids_dtype(num_experts: int) -> np.dtype[Any]:
+    """Return the dtype of expert ids: uint8 for E <= 256, else uint16.
+
+    Raises:
+        TraceError: num_experts outside 1 to 65536.
+    """
+    if not 1 <= num_experts <= 1 << 16:
+        raise TraceError(f"num_experts ({num_experts}) outside 1 to {1 << 16}")
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """The routes of one sample. Arrays are read-only, C-contiguous and checked when the trace is made.
+
+    topk_ids: [S, M, K] uint8 (E <= 256) or uint16; distinct ids in each captured row, 0 in a row that was not captured.
+    token_ids: [S] int32; the tokens that were fed to the engine at these rows.
+    version_ids: [S] int32; index into weight_versions of the weights that computed the row, -1 where it was not
+        captured (the last sampled token was never fed forward, so it has no row).
+    layer_ids: [M] int32; global decoder layer (from 0) of each MoE layer, increasing.
+    num_experts: E.
+    weight_versions: the engine's names of the weights that computed rows of this sample.
+
+    Raises:
+        TraceError: arrays that do not fit together, an id out of range or twice in a row; names place and operands.
+    """
+
+    topk_ids: npt.NDArray[Any]
+    token_ids: npt.NDArray[np.int32]
+    version_ids: npt.NDArray[np.int32]
+    layer_ids: npt.NDArray[np.int32]
+    num_experts: int
+    weight_versions: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "num_experts", index(self.num_experts))
+        except TypeError as error:
+            raise TraceError(f"num_experts ({self.num_experts!r}) is not a whole number") from error
+        want: dict[str, np.dtype[Any]] = dict.fromkeys(_RANKS, np.dtype(np.int32))
+        want["topk_ids"] = ids_dtype(self.num_experts)
+        for name, dtype in want.items():
+            object.__setattr__(self, name, _as_frozen(name, getattr(self, name), dtype))
+        _check_shapes(self)
+        _check_values(self)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.topk_ids.shape[0])
+
+    @property
+    def topk(self) -> int:
+        return int(self.topk_ids.shape[2])
+
+    @property
+    def captured(self) -> npt.NDArray[np.bool_]:
+        """[S] bool; whether the row holds a route."""
+        return self.version_ids >= 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RoutingTrace):
+            return NotImplemented
+        same = (self.num_experts, self.weight_versions) == (other.num_experts, other.weight_versions)
+        return same and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _RANKS)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def digest(self) -> str:
+        """Return the sha256 over everything that the trace says."""
+        state = hashlib.sha256(json.dumps([FORMAT, self.num_experts, self.weight_versions]).encode())
+        for name in _RANKS:
+            array = getattr(self, name)
+            state.update(f"{name}{array.shape}{array.dtype.str}".encode())
+            state.update(array)
+        return state.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Return the file and wire form: safetensors with num_experts, weight_versions and digest as metadata."""
+        metadata = {
+            "format": FORMAT,
+            "num_experts": str(self.num_experts),
+            "weight_versions": json.dumps(self.weight_versions),
+            "digest": self.digest(),
+        }
+        return save({name: getattr(self, name) for name in _RANKS}, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, *, place: str = "trace") -> "RoutingTrace":
+        """Read the wire form without copying the arrays; an engine writes no digest, everybody else does.
+
+        Raises:
+            TraceError: bytes that are no trace, or whose digest differs; names `place`.
+        """
+        arrays, metadata = _parse(data, place)
+        try:
+            versions = json.loads(metadata["weight_versions"])
+            if not (isinstance(versions, list) and all(isinstance(version, str) for version in versions)):
+                raise TraceError(f"weight_versions {metadata['weight_versions']!r} is not a list of strings")
+            trace = cls(num_experts=int(metadata["num_experts"]), weight_versions=tuple(versions), **arrays)
+        except (KeyError, ValueError, RecursionError) as error:
+            raise TraceError(f"{place}: {error}") from error
+        if "digest" in metadata and metadata["digest"] != (found := trace.digest()):
+            raise TraceError(f"{place}: digest {found} != {metadata['digest']} of its header")
+        return trace
+
+
+def _as_frozen(name: str, array: Any, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        raise TraceError(f"{name}: dtype {getattr(array, 'dtype', type(array).__name__)} != {dtype}")
+    if array.ndim != _RANKS[name]:
+        raise TraceError(f"{name}: shape {array.shape} has {array.ndim} dimensions != {_RANKS[name]}")
+    if array.flags.writeable or not array.flags.c_contiguous or not array.flags.aligned:
+        array = array.copy(order="C")
+        array.flags.writeable = False
+    frozen: npt.NDArray[Any] = array
+    return frozen
+
+
+def _check_shapes(trace: RoutingTrace) -> None:
+    num_tokens, num_layers, topk = trace.topk_ids.shape
+    for name, want in (("token_ids", num_tokens), ("version_ids", num_tokens), ("layer_ids", num_layers)):
+        if len(getattr(trace, name)) != want:
+            raise TraceError(f"{name}: length {len(getattr(trace, name))} != {want} of topk_ids {trace.topk_ids.shape}")
+    if not 1 <= topk <= trace.num_experts:
+        raise TraceError(f"topk ({topk}) outside 1 to num_experts ({trace.num_experts})")
+    if num_layers < 1 or trace.layer_ids[0] < 0 or np.any(trace.layer_ids[1:] <= trace.layer_ids[:-1]):
+        raise TraceError(f"layer_ids {trace.layer_ids.tolist()} are not increasing from 0")
+
+
+def _check_values(trace: RoutingTrace) -> None:
+    versions = trace.weight_versions
+    if not isinstance(versions, tuple) or not all(isinstance(version, str) for version in versions):
+        raise TraceError(f"weight_versions {versions!r} are not a tuple of strings")
+    known = len(versions)
+    bad = np.flatnonzero((trace.version_ids < NOT_CAPTURED) | (trace.version_ids >= known))
+    if len(bad):
+        raise TraceError(f"version_ids[{bad[0]}] ({trace.version_ids[bad[0]]}) is not one of {known} weight_versions")
+    bad = np.flatnonzero(trace.token_ids < 0)
+    if len(bad):
+        raise TraceError(f"token_ids[{bad[0]}] ({trace.token_ids[bad[0]]}) < 0")
+    where = _core.find_bad_row(trace.topk_ids, trace.version_ids, trace.num_experts)
+    if where is None:
+        return
+    token, layer = where
+    row = trace.topk_ids[token, layer].tolist()
+    place = f"topk_ids at token {token}, layer {trace.layer_ids[layer]}: {row}"
+    if trace.version_ids[token] < 0:
+        raise TraceError(f"{place} is not 0, but the row was not captured")
+    if max(row) >= trace.num_experts:
+        raise TraceError(f"{place} has an id >= num_experts ({trace.num_experts})")
+    raise TraceError(f"{place} has {len(set(row))} distinct ids != topk ({len(row)})")
+
+
+def _parse(data: bytes | memoryview, place: str) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
+    """Split safetensors bytes into views and metadata; the bytes may be hostile."""
+    buffer = memoryview(data).cast("B").toreadonly()
+    if len(buffer) < 8:
+        raise TraceError(f"{place}: {len(buffer)} bytes < 8 of a safetensors header")
+    (size,) = struct.unpack_from("<Q", buffer)
+    if size > min(_MAX_HEADER, len(buffer) - 8):
+        raise TraceError(f"{place}: header of {size} bytes > {min(_MAX_HEADER, len(buffer) - 8)}")
+    try:
+        header = json.loads(bytes(buffer[8 : 8 + size]))
+        metadata = header.pop("__metadata__")
+        if not all(isinstance(value, str) for value in metadata.values()) or metadata["format"] != FORMAT:
+            raise TraceError(f"{place}: format {metadata.get('format')!r} != {FORMAT!r}")
+        if header.keys() != _RANKS.keys():
+            raise TraceError(f"{place}: tensors {sorted(header)} != {sorted(_RANKS)}")
+        body = buffer[8 + size :]
+        arrays = {name: _view(f"{place}: {name}", body, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, TraceError):
+            raise
+        raise TraceError(f"{place}: header cannot be read: {error!r}") from error
+    at = 0
+    for start, stop in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+        if start != at:
+            raise TraceError(f"{place}: a tensor starts at {start} != {at}, where the one before it ends")
+        at = stop
+    if at != len(body):
+        raise TraceError(f"{place}: tensors of {at} bytes != {len(body)} bytes after the header")
+    return arrays, metadata
+
+
+def _view(place: str, body: memoryview, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
+    dtype = _DTYPES.get(entry["dtype"])
+    shape, (start, stop) = entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise TraceError(f"{place}: dtype {entry['dtype']!r} is none of {sorted(_DTYPES)}")
+    numbers = [start, stop, *shape]
+    if not all(type(number) is int and 0 <= number <= len(body) for number in numbers):
+        raise TraceError(f"{place}: shape {shape}, offsets {start} to {stop} beyond the {len(body)} bytes of data")
+    size = dtype.itemsize
+    for number in shape:
+        size *= number
+    if stop - start != size:
+        raise TraceError(f"{place}: offsets {start} to {stop} != {size} bytes of shape {shape}")
+    view: npt.NDArray[Any] = np.frombuffer(body[start:stop], dtype=dtype).reshape(shape)
+    return view
