@@ -1,0 +1,224 @@
+"""Make routing traces of what SGLang replies, in either form; refuse what does not belong to the sample.
+
+S: tokens of the sample (prompt and output); L: decoder layers; M: MoE layers; K: experts a token.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from r3_adapter.errors import CaptureError, TraceError
+from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
+
+
+def trace_from_reply(
+    reply: Mapping[str, Any],
+    prompt_ids: Sequence[int],
+    *,
+    place: str = "reply",
+    facts: ModelFacts | None = None,
+    start: int = 0,
+    missing: Literal["raise", "keep"] = "raise",
+) -> RoutingTrace:
+    """Read the routes of one reply of a server with `routed_experts_format="safetensors"`.
+
+    reply: what Engine.generate or POST /generate returned for one request.
+    place: names the request in errors.
+    facts: the model that the trainer has; None to believe the reply.
+    start: the request's routed_experts_start_len; the trace then holds the tokens from there on.
+    missing: whether a token that was fed forward and has no route is an error, or stays as one that was not captured.
+
+    Raises:
+        CaptureError: No routes, or routes of other tokens or of another model.
+        TraceError: The payload is malformed.
+    """
+    check_finished(reply, place)
+    output_ids = reply.get("output_ids")
+    if output_ids is None:
+        raise CaptureError(f"{place}: no output_ids in the reply")
+    payload = payload_of(reply, place)
+    if payload[8:9] != b"{":
+        raise CaptureError(
+            f"{place}: payload of {len(payload)} bytes is not safetensors; "
+            "start SGLang, patched, with --routed-experts-format safetensors"
+        )
+    trace = RoutingTrace.from_bytes(payload, place=place)
+    _check_tokens(trace, [*prompt_ids, *output_ids][start:], start, place)
+    if facts is not None:
+        _check_model(trace, facts, place)
+    # The last token was sampled and never fed forward.
+    lost = np.flatnonzero(trace.version_ids[:-1] == NOT_CAPTURED)
+    if missing == "raise" and len(lost):
+        raise CaptureError(
+            f"{place}: token {start + lost[0]} has no route, nor have {len(lost) - 1} others of {trace.num_tokens}"
+        )
+    return trace
+
+
+def trace_from_native_reply(
+    reply: Mapping[str, Any], prompt_ids: Sequence[int], facts: ModelFacts, *, place: str = "reply"
+) -> RoutingTrace:
+    """Read the routes of one reply of an unpatched server (or format "flat").
+
+    Raises:
+        CaptureError: No routes, or ones that do not fit the tokens or the model.
+        TraceError: A row repeats an expert.
+    """
+    check_finished(reply, place)
+    info = reply["meta_info"]
+    versions = info.get("weight_versions")
+    if versions is None:
+        versions = info.get("weight_version", "default")
+    return decode_native(
+        payload_of(reply, place),
+        token_ids=[*prompt_ids, *reply["output_ids"]],
+        num_prompt_tokens=len(prompt_ids),
+        facts=facts,
+        weight_versions=versions,
+        place=place,
+    )
+
+
+def decode_native(
+    payload: bytes | str,
+    *,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    facts: ModelFacts,
+    weight_versions: str | Sequence[Mapping[str, Any]] = "default",
+    place: str = "payload",
+) -> RoutingTrace:
+    """Decode SGLang's own payload: int32 [S - 1, L, K], nothing in it says what it belongs to.
+
+    payload: the bytes, or their base64.
+    token_ids: prompt and output.
+    weight_versions: one name for all rows, or meta_info's spans {"version", "start", "end"}, which count output
+        tokens. The row of a prompt token gets the first span's version, since SGLang does not tell.
+
+    Raises:
+        CaptureError: The size does not fit, an id is out of range, or a dense layer has routes.
+        TraceError: A row repeats an expert.
+
+    Source: sglang@0.5.20: srt/state_capturer/routed_experts.py, srt/utils/weight_versions.py
+    """
+    data = _from_base64(payload, place) if isinstance(payload, str) else payload
+    shape = (len(token_ids) - 1, facts.num_layers, facts.topk)
+    if len(data) != 4 * shape[0] * shape[1] * shape[2]:
+        raise CaptureError(
+            f"{place}: payload of {len(data)} bytes != {4 * shape[0] * shape[1] * shape[2]} of int32 {list(shape)}"
+            " (tokens - 1, decoder layers, topk)"
+        )
+    routes = np.frombuffer(data, dtype="<i4").reshape(shape)
+    _check_native(routes, facts, place)
+    topk_ids = np.zeros((len(token_ids), len(facts.layer_ids), facts.topk), ids_dtype(facts.num_experts))
+    topk_ids[:-1] = routes[:, list(facts.layer_ids)]
+    version_ids, names = _row_versions(weight_versions, num_prompt_tokens, len(token_ids), place)
+    try:
+        return RoutingTrace(
+            topk_ids=topk_ids,
+            token_ids=np.asarray(token_ids, np.int32),
+            version_ids=version_ids,
+            layer_ids=np.asarray(facts.layer_ids, np.int32),
+            num_experts=facts.num_experts,
+            weight_versions=names,
+        )
+    except TraceError as error:
+        raise TraceError(f"{place}: {error}") from error
+
+
+def payload_of(reply: Mapping[str, Any], place: str) -> bytes:
+    """Return the bytes of a reply's routes, in whichever form they are.
+
+    Raises:
+        CaptureError: There are none, or no base64.
+    """
+    payload = reply.get("meta_info", {}).get("routed_experts")
+    if payload is None:
+        raise CaptureError(
+            f"{place}: no routed_experts in meta_info; start SGLang with --enable-return-routed-experts "
+            "and ask with return_routed_experts"
+        )
+    return payload if isinstance(payload, bytes) else _from_base64(payload, place)
+
+
+def check_finished(reply: Mapping[str, Any], place: str) -> None:
+    """Refuse an error in place of a reply, and a request that was aborted.
+
+    Raises:
+        CaptureError: It is one of these.
+    """
+    if "meta_info" not in reply:
+        raise CaptureError(f"{place}: not a reply: {str(dict(reply))[:500]}")
+    reason = reply["meta_info"].get("finish_reason")
+    if not reason or reason.get("type") == "abort":
+        raise CaptureError(f"{place}: finish_reason {reason} != stop or length")
+
+
+def _from_base64(text: str, place: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CaptureError(f"{place}: routed_experts is not base64: {error}") from error
+
+
+def _check_tokens(trace: RoutingTrace, token_ids: Sequence[int], start: int, place: str) -> None:
+    if trace.num_tokens != len(token_ids):
+        raise CaptureError(f"{place}: routes of {trace.num_tokens} tokens != {len(token_ids)} tokens of the sample")
+    other = np.flatnonzero(trace.token_ids != np.asarray(token_ids))
+    if len(other):
+        at = int(other[0])
+        raise CaptureError(
+            f"{place}: routes of token id {trace.token_ids[at]} != {token_ids[at]} of the sample at token {start + at}"
+        )
+
+
+def _check_model(trace: RoutingTrace, facts: ModelFacts, place: str) -> None:
+    for name, have, want in (
+        ("num_experts", trace.num_experts, facts.num_experts),
+        ("topk", trace.topk, facts.topk),
+        ("layer_ids", trace.layer_ids.tolist(), list(facts.layer_ids)),
+    ):
+        if have != want:
+            raise CaptureError(f"{place}: routes of {name} {have} != {want} of the model")
+
+
+def _check_native(routes: npt.NDArray[np.int32], facts: ModelFacts, place: str) -> None:
+    bad = np.argwhere((routes < 0) | (routes >= facts.num_experts))
+    if len(bad):
+        token, layer, column = bad[0]
+        raise CaptureError(
+            f"{place}: expert {routes[token, layer, column]} at token {token}, layer {layer} "
+            f"outside 0 to num_experts ({facts.num_experts}) - 1"
+        )
+    dense = sorted(set(range(facts.num_layers)) - set(facts.layer_ids))
+    wrong = [layer for layer in dense if routes[:, layer].any()]
+    if wrong:
+        raise CaptureError(f"{place}: layer {wrong[0]} has routes, but the MoE layers are {list(facts.layer_ids)}")
+
+
+def _row_versions(
+    versions: str | Sequence[Mapping[str, Any]], num_prompt_tokens: int, num_tokens: int, place: str
+) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
+    """Return version_ids [S] int32 and the versions' names; output token j was computed by the row before it."""
+    num_outputs = num_tokens - num_prompt_tokens
+    spans: Sequence[Mapping[str, Any]] = (
+        [{"version": versions, "start": 0, "end": num_outputs}] if isinstance(versions, str) else versions
+    )
+    names = tuple(dict.fromkeys(str(span["version"]) for span in spans))
+    version_ids = np.full(num_tokens, NOT_CAPTURED, np.int32)
+    at = 0
+    for span in spans:
+        if span["start"] != at:
+            raise CaptureError(f"{place}: weight_versions {list(spans)}: a span starts at {span['start']} != {at}")
+        at = span["end"]
+        first = 0 if span["start"] == 0 else num_prompt_tokens - 1 + span["start"]
+        version_ids[first : num_prompt_tokens - 1 + at] = names.index(str(span["version"]))
+    if at != num_outputs:
+        raise CaptureError(f"{place}: weight_versions end at output token {at} != {num_outputs}")
+    version_ids[-1] = NOT_CAPTURED
+    return version_ids, names

@@ -1,0 +1,66 @@
+"""What lets SGLang run without a GPU: an environment, stand-ins to import, a host allocator. With a GPU: nothing."""
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+STUBS = Path(__file__).resolve().parent / "cpu_stubs"
+
+
+def has_gpu() -> bool:
+    """Tell whether torch can use a CUDA GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def cpu_environment() -> dict[str, str]:
+    """Return the variables with which a new process can run SGLang without a GPU; {} where there is one.
+
+    A variable that is set already keeps its value. Stand-ins for sgl_kernel and torchvision go to the front of
+    PYTHONPATH, and only for the ones that are not installed.
+    """
+    if has_gpu():
+        return {}
+    wanted = {
+        # Without it SGLang looks for an accelerator, and gives up.
+        "SGLANG_USE_CPU_ENGINE": "1",
+        # Which cores each rank's threads are bound to; SGLang's own guess needs several NUMA nodes.
+        "SGLANG_CPU_OMP_THREADS_BIND": "0",
+        # gloo would bind to the interface of the host name.
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    found = os.environ.get("PYTHONPATH")
+    paths = [*_stub_paths(), *([found] if found else [])]
+    variables = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return {**variables, "PYTHONPATH": os.pathsep.join(paths)} if paths else variables
+
+
+def enable_cpu() -> None:
+    """Prepare this process, and the ones that it starts, to import and run SGLang without a GPU."""
+    stubs = [] if has_gpu() else _stub_paths()
+    os.environ.update(cpu_environment())
+    sys.path[:0] = stubs
+
+
+def use_plain_host_memory() -> None:
+    """Give SGLang's capture an allocator for device "cpu": its default registers the memory with CUDA.
+
+    Source: sglang@0.5.20: srt/mem_cache/pool_host/common.py:ALLOC_MEMORY_FUNCS
+    """
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(
+        dims: Any, dtype: Any, device: Any, pin_memory: bool, allocator: Any, registration_granularity_bytes: Any = None
+    ) -> Any:
+        return allocator.allocate(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
+def _stub_paths() -> list[str]:
+    """Return the folder of each stand-in whose original is not installed and which is not on the path yet."""
+    folders = [STUBS / name for name in ("for_sgl_kernel", "for_torchvision")]
+    return [str(folder) for folder in folders if PathFinder.find_spec(folder.name.removeprefix("for_")) is None]

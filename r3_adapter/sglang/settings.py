@@ -1,0 +1,82 @@
+"""How a rollout engine is started, and the form of it in a file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from r3_adapter.errors import CaptureError
+from r3_adapter.sglang.perturb import Perturbation
+
+Format = Literal["safetensors", "flat"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a rollout engine needs to know.
+
+    radix_cache: share the KV rows of common prefixes between requests.
+    routed_experts_format: "safetensors" needs the patched SGLang; "flat" is its own form.
+    max_total_tokens: size of the KV cache in tokens; None leaves it to SGLang, which takes most of the memory.
+    overlap: overlap scheduling; None for off without a GPU, where it gains nothing, and on with one.
+    perturb: select random experts in some rows; for proofs.
+    extra: more arguments of sglang.Engine, which win over these.
+    """
+
+    model_path: str
+    dtype: str = "auto"
+    tp_size: int = 1
+    radix_cache: bool = False
+    routed_experts_format: Format = "safetensors"
+    random_seed: int = 0
+    context_length: int | None = None
+    max_total_tokens: int | None = 8192
+    max_running_requests: int | None = 16
+    overlap: bool | None = None
+    log_level: str = "warning"
+    perturb: Perturbation | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def engine_arguments(self, *, gpu: bool) -> dict[str, Any]:
+        """Return the keyword arguments of sglang.Engine."""
+        arguments: dict[str, Any] = {
+            "model_path": self.model_path,
+            "dtype": self.dtype,
+            "tp_size": self.tp_size,
+            "disable_radix_cache": not self.radix_cache,
+            "random_seed": self.random_seed,
+            "context_length": self.context_length,
+            "max_total_tokens": self.max_total_tokens,
+            "max_running_requests": self.max_running_requests,
+            "skip_tokenizer_init": True,
+            "enable_return_routed_experts": True,
+            "log_level": self.log_level,
+        }
+        if self.routed_experts_format != "flat":
+            # An unpatched SGLang does not know the argument.
+            arguments["routed_experts_format"] = self.routed_experts_format
+        if not gpu:
+            arguments |= {"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch"}
+            arguments |= {"mem_fraction_static": 0.1, "chunked_prefill_size": 256}
+        if self.perturb is not None or not gpu:
+            arguments["disable_cuda_graph"] = True
+        arguments["disable_overlap_schedule"] = not (gpu if self.overlap is None else self.overlap)
+        return {**arguments, **self.extra}
+
+    def to_json(self) -> str:
+        """Return the form that from_json reads."""
+        return json.dumps({**asdict(self), "perturb": self.perturb and str(self.perturb)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineSettings":
+        """Read what to_json wrote.
+
+        Raises:
+            CaptureError: It is something else.
+        """
+        try:
+            values = json.loads(text)
+            perturb = values.pop("perturb")
+            return cls(**values, perturb=None if perturb is None else Perturbation.parse(perturb))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CaptureError(f"engine settings cannot be read: {error}") from error

@@ -1,0 +1,47 @@
+"""A rollout in a process of its own: `python -m r3_adapter.sglang.worker REQUEST.json FOLDER`.
+
+REQUEST.json: {"settings": of EngineSettings.to_json, "input_ids": [[token id]], "sampling_params": one or a list}.
+FOLDER: gets the samples, as r3_adapter.rollout.save_samples writes them.
+FOLDER.progress: one byte for each sample that is done.
+In the request, "replies": true lets FOLDER.replies.json get what SGLang said, and FOLDER nothing; "batch_size" is
+that of Engine.replies.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from r3_adapter.errors import R3Error
+from r3_adapter.rollout import save_samples
+from r3_adapter.sglang.engine import Engine, samples_of
+from r3_adapter.sglang.settings import EngineSettings
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a request; return the exit code."""
+    path, folder = Path(argv[0]), Path(argv[1])
+    request = json.loads(path.read_text(encoding="utf-8"))
+    options = {"batch_size": request["batch_size"]} if "batch_size" in request else {}
+    settings, prompts = EngineSettings.from_json(request["settings"]), request["input_ids"]
+    bar = Path(f"{folder}.progress")
+
+    def progress(done: int, _: int) -> None:
+        bar.write_bytes(b"." * done)
+
+    with Engine(settings) as engine:
+        replies = engine.replies(prompts, request["sampling_params"], progress=progress, **options)
+        if request.get("replies"):
+            Path(f"{folder}.replies.json").write_text(json.dumps(replies), encoding="utf-8")
+            return 0
+        native = settings.routed_experts_format == "flat"
+        samples = samples_of(replies, prompts, engine.facts, native=native)
+    save_samples(folder, samples)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except R3Error as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,141 @@
+"""How an engine is started: arguments, environment, perturbation."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from r3_adapter.errors import CaptureError
+from r3_adapter.sglang import cpu, plugin
+from r3_adapter.sglang.perturb import VARIABLE, Perturbation
+from r3_adapter.sglang.settings import EngineSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_settings_survive_their_file() -> None:
+    for settings in (
+        EngineSettings("model"),
+        EngineSettings("model", dtype="float32", perturb=Perturbation(3, 0.2), extra={"page_size": 1}),
+    ):
+        assert EngineSettings.from_json(settings.to_json()) == settings
+    for text in ("", "[]", "{}", '{"perturb": null, "model": 1}'):
+        with pytest.raises(CaptureError, match="cannot be read"):
+            EngineSettings.from_json(text)
+
+
+def test_engine_arguments() -> None:
+    settings = EngineSettings("model", extra={"page_size": 1, "random_seed": 5})
+    without, with_gpu = settings.engine_arguments(gpu=False), settings.engine_arguments(gpu=True)
+    assert (without["device"], without["disable_cuda_graph"], without["disable_overlap_schedule"]) == (
+        "cpu",
+        True,
+        True,
+    )
+    assert not with_gpu["disable_overlap_schedule"]
+    assert not {"device", "attention_backend", "disable_cuda_graph"} & with_gpu.keys()
+    assert (with_gpu["page_size"], with_gpu["random_seed"], with_gpu["disable_radix_cache"]) == (1, 5, True)
+    assert with_gpu["routed_experts_format"] == "safetensors"
+    flat = EngineSettings("model", routed_experts_format="flat", perturb=Perturbation(0, 0.5))
+    # A released SGLang has no such argument; a CUDA graph would repeat one random draw.
+    assert "routed_experts_format" not in flat.engine_arguments(gpu=True)
+    assert flat.engine_arguments(gpu=True)["disable_cuda_graph"]
+
+
+@pytest.mark.parametrize("text", ["", "1", "1:", "x:0.2", "1:0", "1:1.5", "1:nan"])
+def test_a_malformed_perturbation_is_refused(text: str) -> None:
+    with pytest.raises(CaptureError):
+        Perturbation.parse(text)
+
+
+def test_a_malformed_perturbation_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "has_gpu", lambda: True)
+    monkeypatch.setenv(VARIABLE, "all")
+    with pytest.raises(SystemExit, match="R3_PERTURB='all'"):
+        plugin.register()
+
+
+def test_a_plugin_that_would_not_be_loaded_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    monkeypatch.setattr(plugin, "entry_points", lambda **_: [])
+    with pytest.raises(CaptureError, match="no entry point r3_adapter"):
+        plugin.check_installed()
+    monkeypatch.setattr(plugin, "entry_points", lambda **_: ["found"])
+    plugin.check_installed()
+    monkeypatch.setenv("SGLANG_PLUGINS", "other, another")
+    with pytest.raises(CaptureError, match=r"\(other, another\) leaves out r3_adapter"):
+        plugin.check_installed()
+
+
+def test_with_a_gpu_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_gpu", lambda: True)
+    before = dict(os.environ)
+    assert cpu.cpu_environment() == {}
+    cpu.enable_cpu()
+    assert dict(os.environ) == before
+
+
+def test_stand_ins_are_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"sgl_kernel"}
+    finder = SimpleNamespace(find_spec=lambda name: None if name in missing else object())
+    monkeypatch.setattr(cpu, "PathFinder", finder)
+    monkeypatch.setattr(cpu, "has_gpu", lambda: False)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    environment = cpu.cpu_environment()
+    assert environment["PYTHONPATH"] == os.pathsep.join([str(cpu.STUBS / "for_sgl_kernel"), "mine"])
+    assert environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert environment["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax": {"scoring_func": "softmax", "renormalize": True},
+    "unnormalised": {"scoring_func": "softmax", "renormalize": False},
+    "sigmoid": {"scoring_func": "sigmoid", "renormalize": True},
+}
+PLAIN = {
+    "custom_routing_function": None,
+    "num_fused_shared_experts": 0,
+    "apply_routed_scaling_factor_on_output": False,
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_perturbed_rows_have_distinct_experts_and_their_own_weights(router: str) -> None:
+    torch = pytest.importorskip("torch")
+    config = SimpleNamespace(**PLAIN, **ROUTERS[router])
+    logits = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    scores = logits.softmax(1) if config.scoring_func == "softmax" else logits.sigmoid()
+    weights, ids = scores.topk(4, dim=1)
+    if config.renormalize:
+        weights = weights / weights.sum(1, keepdim=True)
+    generator = torch.Generator().manual_seed(1)
+    new_ids, new_weights = Perturbation(1, 0.2).perturb(ids.int(), weights, config, logits, generator)
+    changed = (new_ids != ids).any(1)
+    assert abs(changed.float().mean() - 0.2) < 0.03
+    assert torch.equal(new_weights[~changed], weights[~changed])
+    assert new_ids.dtype == torch.int32
+    assert (new_ids.sort(1).values.diff(dim=1) > 0).all()
+    assert len(new_ids[changed].unique()) == 16
+    want = scores.gather(1, new_ids.long())
+    if config.renormalize:
+        want = want / want.sum(1, keepdim=True)
+    torch.testing.assert_close(new_weights, want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"custom_routing_function": print},
+        {"num_fused_shared_experts": 1},
+        {"apply_routed_scaling_factor_on_output": True},
+        {"scoring_func": "sqrtsoftplus"},
+    ],
+)
+def test_routers_that_weigh_otherwise_are_refused(change: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch")
+    config = SimpleNamespace(**{**PLAIN, **ROUTERS["softmax"], **change})
+    with pytest.raises(CaptureError, match="perturbation"):
+        ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+        Perturbation(0, 0.5).perturb(ids, weights, config, torch.zeros(1, 4), torch.Generator())
