@@ -1,0 +1,112 @@
+"""The patched Megatron: given no routes it is the released one; given some, its routers use them and nothing else."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from r3_adapter import patching
+from r3_adapter.patching import State
+from r3_adapter.processes import run_together
+from r3_adapter.series import Series, load_series, write_upstream_tests
+
+pytestmark = pytest.mark.engine
+
+HERE = Path(__file__).parent
+NAME = "megatron-core"
+TIMEOUT = 240
+
+# Upstream's tests take this from its repository; here one process on the CPU stands for its GPUs.
+TEST_UTILITIES = """
+import tempfile
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+
+class Utils:
+    @staticmethod
+    def initialize_model_parallel(*args, **kwargs):
+        if not torch.distributed.is_initialized():
+            method = f"file://{Path(tempfile.mkdtemp(), 'rendezvous')}"
+            torch.distributed.init_process_group("gloo", init_method=method, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(*args, **kwargs)
+
+    @staticmethod
+    def destroy_model_parallel():
+        parallel_state.destroy_model_parallel()
+"""
+
+# warnings: Megatron gives some when it is imported without TransformerEngine.
+RUN_PYTEST = """
+import sys
+from r3_adapter.megatron import cpu
+cpu.install()
+import pytest
+options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "--noconftest", "--import-mode=importlib", "-c", "/dev/null"]
+sys.exit(pytest.main([*options, *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="session")
+def series() -> Series:
+    """The series for the installed Megatron-core."""
+    if find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    try:
+        version = distribution(NAME).version
+    except PackageNotFoundError:
+        pytest.skip(f"{NAME} is not installed")
+    found = [series for series in load_series()[NAME] if series.version == version]
+    if not found:
+        pytest.skip(f"{NAME} {version} has no series")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def trees(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Mapping[State, Path]:
+    """Two copies of the installed Megatron-core, to be put first on the path: one released, one patched."""
+    installed = distribution(NAME)
+    folders = {"megatron", *(file.parts[0] for file in installed.files or () if file.parts[0].endswith(".dist-info"))}
+    trees = {}
+    for state, move in ((State.NOT_APPLIED, patching.revert), (State.APPLIED, patching.apply)):
+        site = tmp_path_factory.mktemp("site")
+        for folder in folders:
+            shutil.copytree(Path(str(installed.locate_file(folder))), site / folder)
+        move([NAME], site=site)
+        (status,) = patching.status([NAME], site=site)
+        assert status.state is state
+        trees[state] = site
+    return trees
+
+
+def run(tree: Path, *arguments: str, path: Path = HERE) -> None:
+    """Run Python with the tree's Megatron and with what lies in `path`."""
+    env = {"PYTHONPATH": os.pathsep.join([str(tree), str(path)])}
+    run_together([[sys.executable, *arguments]], env=[env], timeout=TIMEOUT)
+
+
+def test_without_routes_it_computes_the_released_bits(trees: Mapping[State, Path], tmp_path: Path) -> None:
+    """Losses, every gradient and the counts of the expert bias; all routers, recompute modes and aux losses."""
+    outputs = [tmp_path / f"{index}.safetensors" for index in range(len(trees))]
+    for tree, output in zip(trees.values(), outputs, strict=True):
+        run(tree, "-W", "ignore", str(HERE / "megatron_off.py"), str(output))
+    released, patched = (output.read_bytes() for output in outputs)
+    assert len(released) > 1_000_000
+    assert released == patched
+
+
+def test_upstream_tests_of_the_series_pass(series: Series, trees: Mapping[State, Path], tmp_path: Path) -> None:
+    written = write_upstream_tests(series, tmp_path)
+    (tmp_path / "tests/unit_tests/test_utilities.py").write_text(TEST_UTILITIES)
+    run(trees[State.APPLIED], "-c", RUN_PYTEST, *map(str, written), path=tmp_path)
+
+
+def test_routers_use_what_they_are_given(trees: Mapping[State, Path]) -> None:
+    run(trees[State.APPLIED], "-c", RUN_PYTEST, str(HERE / "megatron_router_checks.py"))
