@@ -1,12 +1,13 @@
 """The `r3` command.
 
-Exit codes: 0 done; 1 a check said no (`verify`); 2 refused or used wrongly, with the reason on stderr.
+Exit codes: 0 done; 1 a check said no (`patch verify`, `prove`); 2 refused or used wrongly, with the reason on stderr.
 
 A subcommand is a function that adds its parser and sets `run`; list it in COMMANDS. Import engines and torch inside
 `run` only: `r3 patch` has to work before they can be imported.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,21 @@ def add_patch(subparsers: "Subparsers") -> None:
     verb.set_defaults(run=_lock)
 
 
-COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch,)
+def add_prove(subparsers: "Subparsers") -> None:
+    """Add `r3 prove`."""
+    text = "self-test: perturb the rollout's experts, replay them in Megatron on a layout, compare log-probabilities"
+    parser = subparsers.add_parser("prove", help=text, description=text)
+    for name in ("tp", "pp", "vpp", "cp", "ep", "dp"):
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="N")
+    parser.add_argument("--etp", type=int, default=None, metavar="N", help="default: as tp")
+    parser.add_argument("--dispatcher", choices=("alltoall", "allgather"), default="alltoall")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inject", metavar="DAMAGE", help="shift-token, swap-layers or swap-samples: must then fail")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict here too")
+    parser.set_defaults(run=_prove)
+
+
+COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove)
 
 
 def _add_site(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +115,26 @@ def _lock(args: argparse.Namespace) -> int:
     series = patching.lock(args.distribution, args.version, site=args.site)
     print(f"{series.distribution} {series.version}: locked {len(series.files)} files")
     return 0
+
+
+def _prove(args: argparse.Namespace) -> int:
+    from r3_adapter.layout import ParallelLayout
+    from r3_adapter.prove import INJECTIONS, prove
+    from r3_adapter.report import progress_bars
+
+    if args.inject not in (None, *INJECTIONS):
+        raise R3Error(f"--inject {args.inject!r} is none of {', '.join(INJECTIONS)}")
+    sizes = {name: getattr(args, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+    layout = ParallelLayout.smallest(**sizes)
+    with progress_bars(("rollout", "trainer")) as ticks:
+        verdict = prove(layout, seed=args.seed, dispatcher=args.dispatcher, injection=args.inject, ticks=ticks)
+    report = json.dumps(verdict.to_json(), indent=2)
+    if args.json:
+        args.json.write_text(report + "\n", encoding="utf-8")
+    print(report)
+    for failure in verdict.failures:
+        print(f"r3 prove: failed: {failure}", file=sys.stderr)
+    return 0 if verdict.passed else 1
 
 
 if __name__ == "__main__":

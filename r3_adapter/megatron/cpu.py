@@ -4,6 +4,9 @@ Megatron-core 0.16.1 takes CUDA for granted in a few places that compute nothing
 them and says which. Nothing here changes what Megatron computes, and nothing here is loaded when a GPU is present.
 """
 
+# Replacing what torch defines is what this module is for.
+# mypy: disable-error-code="assignment,method-assign,attr-defined,misc,return-value"
+
 import contextlib
 import logging
 import os
@@ -27,11 +30,11 @@ def install() -> None:
         raise ReplayError(f"CPU support asked for, but {torch.cuda.device_count()} CUDA devices are present")
     if getattr(torch.cuda, "_r3_cpu_support", False):
         return
-    for answer in (_eager, _device, _factories, _moves, _streams, _tensor_type, _rng_state):
+    for answer in (_eager, _device, _factories, _moves, _streams, _tensor_type, _rng_state, _uneven_collectives):
         answer()
     for answer in (_rng_tracker, _missing_te_gemm, _split_sizes, _sequence_parallel_norm):
         answer()
-    torch.cuda._r3_cpu_support = True  # type: ignore[attr-defined]
+    torch.cuda._r3_cpu_support = True
 
 
 def _eager() -> None:
@@ -42,17 +45,21 @@ def _eager() -> None:
 
 def _device() -> None:
     """Megatron allocates on torch.cuda.current_device() and waits with torch.cuda.synchronize()."""
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda device=None: None
 
 
 def _factories() -> None:
-    """optimizer.py, clip_grads.py, schedules.py and utils.py allocate with a literal device="cuda"."""
+    """optimizer.py, clip_grads.py, schedules.py and utils.py allocate with a literal device="cuda".
+
+    rope_utils.py pins what it moves to the device under context parallelism.
+    """
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def make(*args: Any, **kwargs: Any) -> torch.Tensor:
             if str(kwargs.get("device", "")).startswith("cuda"):
                 kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
         return make
@@ -63,8 +70,8 @@ def _factories() -> None:
 
 def _moves() -> None:
     """language_module.py, mappings.py and the pipeline schedules move with .cuda()."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,misc]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,misc]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
 class _Event:
@@ -101,9 +108,9 @@ def _streams() -> None:
         yield
 
     only = _Stream()
-    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda device=None: only  # type: ignore[assignment,return-value]
-    torch.cuda.stream = stream  # type: ignore[assignment]
+    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
+    torch.cuda.current_stream = lambda device=None: only
+    torch.cuda.stream = stream
 
 
 def _tensor_type() -> None:
@@ -114,14 +121,43 @@ def _tensor_type() -> None:
         answer = plain(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = cuda_type  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = cuda_type
 
 
 def _rng_state() -> None:
     """Checkpointing and seeding keep the state of the device's generator: here the CPU's."""
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment,return-value]
+    torch.cuda.manual_seed = torch.default_generator.manual_seed
+
+
+def _uneven_collectives() -> None:
+    """The all-to-all dispatcher gathers and scatters uneven parts over expert-tensor ranks; gloo wants even ones."""
+    gather, scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    def padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))])
+
+    def all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes = [len(output) if output.dim() else 1 for output in outputs]
+        if len(set(sizes)) == 1:
+            return gather(outputs, tensor, *args, **kwargs)
+        even = [tensor.new_empty((max(sizes), *tensor.shape[1:])) for _ in sizes]
+        gather(even, padded(tensor, max(sizes)), *args, **kwargs)
+        for output, part in zip(outputs, even, strict=True):
+            output.copy_(part[: len(output)])
+        return None
+
+    def reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        sizes = [len(part) if part.dim() else 1 for part in inputs]
+        if len(set(sizes)) == 1:
+            return scatter(output, inputs, *args, **kwargs)
+        even = output.new_empty((max(sizes), *output.shape[1:]))
+        scatter(even, [padded(part, max(sizes)) for part in inputs], *args, **kwargs)
+        output.copy_(even[: len(output)])
+        return None
+
+    torch.distributed.all_gather, torch.distributed.reduce_scatter = all_gather, reduce_scatter
 
 
 def _rng_tracker() -> None:
@@ -135,7 +171,7 @@ def _rng_tracker() -> None:
 
 def _missing_te_gemm() -> None:
     """0.16.1's moe_utils reads te_general_gemm, which it defines only with TransformerEngine."""
-    import megatron.core.transformer.moe.moe_utils as moe_utils
+    from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
@@ -143,7 +179,7 @@ def _missing_te_gemm() -> None:
 
 def _split_sizes() -> None:
     """The all-to-all dispatcher turns split sizes into numpy only when they leave a GPU; gloo wants numbers."""
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.cpu().numpy() if as_numpy and torch.is_tensor(tensor) else tensor

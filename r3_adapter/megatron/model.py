@@ -1,0 +1,184 @@
+"""A Qwen3-MoE GPTModel from a Hugging Face checkpoint, on this rank of a layout."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r3_adapter.errors import LayoutError, ReplayError
+from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.checkpoint import Checkpoint
+from r3_adapter.megatron.weights import load_weights
+
+
+def initialize(layout: ParallelLayout, rank: int, rendezvous: Path) -> torch.device:
+    """Join the process group (NCCL with a GPU, gloo without) and set up Megatron's groups; return the rank's device.
+
+    rendezvous: a file on this host that does not exist yet, the same for all ranks; no port is opened for it.
+
+    Raises:
+        LayoutError: Megatron gives this rank other coordinates than the layout.
+    """
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        from r3_adapter.megatron import cpu
+
+        cpu.install()
+        torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=layout.world_size
+    )
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    model_parallel_cuda_manual_seed(1234)
+    _check_coords(layout, rank)
+    return device
+
+
+def _check_coords(layout: ParallelLayout, rank: int) -> None:
+    from megatron.core import parallel_state as ps
+
+    found = {
+        "tp_rank": ps.get_tensor_model_parallel_rank(),
+        "cp_rank": ps.get_context_parallel_rank(),
+        "dp_rank": ps.get_data_parallel_rank(),
+        "pp_rank": ps.get_pipeline_model_parallel_rank(),
+        "etp_rank": ps.get_expert_tensor_parallel_rank(),
+        "ep_rank": ps.get_expert_model_parallel_rank(),
+        "edp_rank": ps.get_expert_data_parallel_rank(),
+    }
+    want = layout.coords(rank)._asdict()
+    if found != want:
+        raise LayoutError(f"rank {rank}: Megatron's coordinates {found} != {want} of {layout}")
+
+
+def build_model(folder: Path, layout: ParallelLayout, *, dispatcher: str = "alltoall") -> list[torch.nn.Module]:
+    """Build this rank's model chunks (one without VPP) with the checkpoint's weights, in the checkpoint's dtype.
+
+    Raises:
+        ReplayError: a checkpoint of another kind, or a tensor of it that no rank has read.
+    """
+    with Checkpoint(folder) as checkpoint:
+        hf, names = checkpoint.config, checkpoint.names()
+    config = transformer_config(hf, layout, dispatcher)
+    chunks = [_build_chunk(config, hf, vp_stage) for vp_stage in (range(layout.vpp) if layout.vpp > 1 else [None])]
+    used = [name for chunk in chunks for name in load_weights(chunk, folder)]
+    _check_all_read(folder, names, used)
+    return chunks
+
+
+def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> torch.nn.Module:
+    from megatron.core import parallel_state as ps
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
+
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=HAVE_TE, vp_stage=vp_stage)
+    if config.context_parallel_size > 1 and not HAVE_TE:
+        from r3_adapter.megatron.cp_attention import ContextParallelAttention
+
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=hf["vocab_size"],
+        max_sequence_length=hf["max_position_embeddings"],
+        pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type="rope",
+        rotary_base=hf["rope_parameters"]["rope_theta"],
+        share_embeddings_and_output_weights=hf["tie_word_embeddings"],
+        vp_stage=vp_stage,
+    )
+    return model.to(torch.cuda.current_device())  # type: ignore[no-any-return]
+
+
+def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, dispatcher: str) -> Any:
+    """Translate a Qwen3-MoE config.json into Megatron's TransformerConfig.
+
+    Source: transformers/models/qwen3_moe/configuration_qwen3_moe.py, modeling_qwen3_moe.py@5.12.1.
+
+    Raises:
+        ReplayError: another kind of model, or a feature of it that is not translated.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    if hf.get("model_type") != "qwen3_moe":
+        raise ReplayError(f"model_type {hf.get('model_type')!r} != 'qwen3_moe', which has a table of weights")
+    rope = hf["rope_parameters"]["rope_type"]
+    if rope != "default" or hf["attention_bias"] or hf["use_sliding_window"] or hf["hidden_act"] != "silu":
+        raise ReplayError(f"rope {rope!r}, attention_bias, use_sliding_window or hidden_act: not Qwen3-MoE's defaults")
+    dtype = getattr(torch, hf.get("dtype") or hf["torch_dtype"])
+    dense = set(hf["mlp_only_layers"])
+    step, layers = hf["decoder_sparse_step"], hf["num_hidden_layers"]
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=hf["hidden_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=hf["num_key_value_heads"],
+        kv_channels=hf["head_dim"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_moe_experts=hf.get("num_experts") or hf["num_local_experts"],
+        moe_router_topk=hf["num_experts_per_tok"],
+        moe_ffn_hidden_size=hf["moe_intermediate_size"],
+        moe_layer_freq=[int(i not in dense and (i + 1) % step == 0) for i in range(layers)],
+        moe_router_pre_softmax=not hf["norm_topk_prob"],
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type=dispatcher,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf["rms_norm_eps"],
+        qk_layernorm=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        # Batched sends to one peer from two chunks at once mix up: interleaving trains wrongly with them.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _check_all_read(folder: Path, names: frozenset[str], used: list[str]) -> None:
+    """All ranks together must have read each tensor: one that none has is a weight that the model lacks."""
+    everybody: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everybody, used)
+    unread = names.difference(*everybody)
+    if unread:
+        raise ReplayError(f"{folder}: {len(unread)} of {len(names)} tensors were read by no rank: {min(unread)!r}, ...")

@@ -1,0 +1,112 @@
+"""Score samples on a real Megatron trainer: one process a rank, results put together.
+
+R: response tokens of a sample.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from r3_adapter.errors import ReplayError
+from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.request import MODES, ScoreRequest
+from r3_adapter.processes import run_together
+from r3_adapter.rollout import Sample, save_samples
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the trainer found in one mode.
+
+    logprobs: [R] float32 a sample.
+    layers: by global decoder layer, what its router did with the rows that have a route: rows, rows_equal (all experts
+        are the route's), ids, ids_equal, summed over ranks.
+    """
+
+    logprobs: list[npt.NDArray[np.float32]]
+    layers: dict[int, Mapping[str, int]]
+
+    @property
+    def rows_equal(self) -> int:
+        return sum(counts["rows_equal"] for counts in self.layers.values())
+
+    @property
+    def agreement(self) -> dict[int, float]:
+        """Share of the routes' experts that the routers used, by layer."""
+        return {layer: counts["ids_equal"] / max(1, counts["ids"]) for layer, counts in self.layers.items()}
+
+
+def score(
+    checkpoint: Path,
+    samples: Sequence[Sample],
+    layout: ParallelLayout,
+    *,
+    dispatcher: str = "alltoall",
+    micro_batch_size: int = 1,
+    timeout: float = 600,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Scores]:
+    """Return the scores with routers live ("live") and with the samples' routes ("replay").
+
+    progress: called with samples done and to do, those of both modes together.
+
+    Raises:
+        R3Error: a rank failed or took longer than `timeout` seconds; the message has its output.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_samples(folder / "samples", samples)
+        (folder / "out").mkdir()
+        request = ScoreRequest(
+            checkpoint=str(checkpoint.resolve()),
+            samples=str(folder / "samples"),
+            out=str(folder / "out"),
+            rendezvous=str(folder / "rendezvous"),
+            layout=asdict(layout),
+            dispatcher=dispatcher,
+            micro_batch_size=micro_batch_size,
+        )
+        path = folder / "request.json"
+        path.write_text(json.dumps(asdict(request)), encoding="utf-8")
+        ranks = range(layout.world_size)
+        total = len(MODES) * len(samples)
+
+        def tick() -> None:
+            progress(sum(path.stat().st_size for path in (folder / "out").glob("progress.*")), total)
+
+        run_together(
+            [[sys.executable, "-m", "r3_adapter.megatron.score", str(path), str(rank)] for rank in ranks],
+            env=[{"OMP_NUM_THREADS": "1"} for _ in ranks],
+            timeout=timeout,
+            tick=tick,
+        )
+        return {mode: _gather(folder / "out", mode, samples) for mode in MODES}
+
+
+def _gather(out: Path, mode: str, samples: Sequence[Sample]) -> Scores:
+    layers: dict[int, dict[str, int]] = {}
+    for path in out.glob(f"{mode}.*.json"):
+        for layer, counts in json.loads(path.read_text(encoding="utf-8")).items():
+            total = layers.setdefault(int(layer), dict.fromkeys(counts, 0))
+            for name, count in counts.items():
+                total[name] += count
+    found: dict[int, Any] = {}
+    for path in out.glob(f"{mode}.*.safetensors"):
+        for name, logprobs in load_file(path).items():
+            so_far = found.setdefault(int(name), np.full_like(logprobs, np.nan))
+            if not np.isnan(so_far[~np.isnan(logprobs)]).all():
+                raise ReplayError(f"sample {name}: a token was scored by two ranks")
+            found[int(name)] = np.where(np.isnan(logprobs), so_far, logprobs)
+    for index, sample in enumerate(samples):
+        have = int(np.count_nonzero(~np.isnan(found[index]))) if index in found else 0
+        if have != sample.num_response_tokens:
+            raise ReplayError(f"sample {index}: {have} tokens scored != {sample.num_response_tokens}")
+    return Scores([found[index] for index in range(len(samples))], dict(sorted(layers.items())))

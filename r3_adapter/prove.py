@@ -1,0 +1,166 @@
+"""The self-test of an installation: perturb the rollout's experts, replay them in the trainer, compare.
+
+A fifth of all (token, layer) rows of the rollout get random experts, weights still from the model's own logits, so that
+live routing in the trainer is far off. Replay must bring every response token's log-probability back to the rollout's:
+one route on a wrong token, layer or expert breaks that. All in float32, where nothing else differs.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.trainer import Scores, score
+from r3_adapter.metrics import gap
+from r3_adapter.report import Tick
+from r3_adapter.rollout import Sample
+from r3_adapter.sglang.engine import rollout_in_subprocess
+from r3_adapter.sglang.perturb import Perturbation
+from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.trace import RoutingTrace
+
+PERTURBED_SHARE = 0.2
+MAX_REPLAY = 1e-4
+"""Largest difference of log-probabilities after replay: float32 sums in another order stay an order below."""
+MIN_LIVE = 1e-2
+"""Smallest largest difference with live routers: below it the perturbation would prove nothing."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the self-test found; rows are (token, MoE layer) pairs with a route."""
+
+    layout: Mapping[str, Any]
+    tokens: int
+    rows_expected: int
+    rows_replayed: int
+    max_abs_dlogp_replay: float
+    max_abs_dlogp_live: float
+
+    @property
+    def failures(self) -> list[str]:
+        """Say what is wrong, with both operands; nothing if the test passed."""
+        checks = {
+            f"max |d logp| after replay {self.max_abs_dlogp_replay:.2e} > {MAX_REPLAY:g}": (
+                self.max_abs_dlogp_replay <= MAX_REPLAY
+            ),
+            f"max |d logp| with live routers {self.max_abs_dlogp_live:.2e} < {MIN_LIVE:g}: nothing was proved": (
+                self.max_abs_dlogp_live >= MIN_LIVE
+            ),
+            f"rows replayed {self.rows_replayed} != {self.rows_expected} rows with a route": (
+                self.rows_replayed == self.rows_expected
+            ),
+        }
+        return [text for text, good in checks.items() if not good]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report: the fields and `passed`."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def prove(
+    layout: ParallelLayout,
+    *,
+    seed: int = 0,
+    dispatcher: str = "alltoall",
+    injection: str | None = None,
+    ticks: Sequence[Tick] = (lambda done, total: None,) * 2,
+) -> Verdict:
+    """Run the self-test on a tiny model: rollout in the patched SGLang, replay in the patched Megatron-core.
+
+    injection: a damage of INJECTIONS, done to the traces on their way; the test must then fail.
+    ticks: progress of the rollout and of the trainer.
+
+    Raises:
+        R3Error: an engine that does not start or fails, or routes that it refuses.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder, dtype="float32", seed=seed)
+        samples = perturbed_rollout(folder, seed=seed, tick=ticks[0])
+        if injection is not None:
+            samples = damage(samples, injection)
+        scores = score(folder, samples, layout, dispatcher=dispatcher, micro_batch_size=2, progress=ticks[1])
+    return judge(samples, scores, layout)
+
+
+def perturbed_rollout(
+    checkpoint: Path, *, seed: int, num_samples: int = 32, tick: Tick = lambda done, total: None
+) -> list[Sample]:
+    """Generate from random prompts of 4 to 40 tokens, 32 to 96 tokens each, with a share of the rows perturbed."""
+    rng = np.random.default_rng(seed)
+    vocab = TinyModel().vocab_size
+    prompts = [rng.integers(3, vocab, rng.integers(4, 41)).tolist() for _ in range(num_samples)]
+    lengths = rng.integers(32, 97, num_samples).tolist()
+    params = [{"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True} for length in lengths]
+    settings = EngineSettings(
+        model_path=str(checkpoint),
+        dtype="float32",
+        random_seed=seed,
+        perturb=Perturbation(seed=seed, fraction=PERTURBED_SHARE),
+    )
+    return rollout_in_subprocess(settings, prompts, params, progress=tick)
+
+
+def judge(samples: Sequence[Sample], scores: Mapping[str, Scores], layout: ParallelLayout) -> Verdict:
+    """Compare the trainer's scores with the rollout's samples."""
+    rollout = np.concatenate([sample.logprobs for sample in samples])
+    worst = {mode: gap(np.concatenate(found.logprobs), rollout).max_abs for mode, found in scores.items()}
+    return Verdict(
+        layout={**asdict(layout), "world_size": layout.world_size},
+        tokens=len(rollout),
+        rows_expected=sum(int(sample.trace.captured.sum()) * len(sample.trace.layer_ids) for sample in samples),
+        rows_replayed=scores["replay"].rows_equal,
+        max_abs_dlogp_replay=worst["replay"],
+        max_abs_dlogp_live=worst["live"],
+    )
+
+
+def _shift_token(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
+    """Give each token the route of the one before it."""
+    return [_with_rows(trace, np.roll(_rows(trace), 1, axis=0)) for trace in traces]
+
+
+def _swap_layers(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
+    """Exchange the first two MoE layers."""
+    return [_with_rows(trace, _rows(trace)[:, [1, 0, *range(2, trace.topk_ids.shape[1])]]) for trace in traces]
+
+
+def _swap_samples(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
+    """Exchange the routes of the first two samples, as far as the shorter one goes."""
+    first, second = _rows(traces[0]).copy(), _rows(traces[1]).copy()
+    both = min(len(first), len(second))
+    first[:both], second[:both] = second[:both].copy(), first[:both].copy()
+    return [_with_rows(traces[0], first), _with_rows(traces[1], second), *traces[2:]]
+
+
+INJECTIONS: Mapping[str, Callable[[Sequence[RoutingTrace]], list[RoutingTrace]]] = {
+    "shift-token": _shift_token,
+    "swap-layers": _swap_layers,
+    "swap-samples": _swap_samples,
+}
+
+
+def damage(samples: Sequence[Sample], injection: str) -> list[Sample]:
+    """Return samples whose traces are well-formed and wrong, in a way of INJECTIONS; the self-test must notice."""
+    traces = INJECTIONS[injection]([sample.trace for sample in samples])
+    return [replace(sample, trace=trace) for sample, trace in zip(samples, traces, strict=True)]
+
+
+def _rows(trace: RoutingTrace) -> np.ndarray[Any, Any]:
+    return trace.topk_ids[trace.captured]
+
+
+def _with_rows(trace: RoutingTrace, rows: np.ndarray[Any, Any]) -> RoutingTrace:
+    topk_ids = trace.topk_ids.copy()
+    topk_ids[trace.captured] = rows
+    return replace(trace, topk_ids=topk_ids)

@@ -1,0 +1,114 @@
+"""Tables, plots and progress bars of a comparison between trainer and rollout."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from r3_adapter.metrics import Gap, Logprobs, gap
+
+Tick = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A trainer's pass over the tokens of a rollout, in one mode.
+
+    agreement: by global decoder layer, the share of the routes' experts that the trainer's router used.
+    rows_replayed: (token, layer) rows in which it used exactly the route's experts because they were given to it.
+    """
+
+    gap: Gap
+    agreement: Mapping[int, float]
+    rows_replayed: int
+
+    @classmethod
+    def of(cls, trainer: Logprobs, rollout: Logprobs, agreement: Mapping[int, float], rows: int) -> "Comparison":
+        """Compare [N] log-probabilities of the same tokens."""
+        return cls(gap(trainer, rollout), agreement, rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a flat object, agreement by layer."""
+        agreement = {str(layer): share for layer, share in self.agreement.items()}
+        return {**asdict(self.gap), "agreement": agreement, "rows_replayed": self.rows_replayed}
+
+
+def comparison_table(live: Comparison, replay: Comparison, payload: Mapping[str, float]) -> Table:
+    """Return the figures side by side; payload: bytes a token by name."""
+    table = Table(title="Trainer against rollout, over the same tokens")
+    table.add_column("")
+    table.add_column("live routers", justify="right")
+    table.add_column("routes replayed", justify="right")
+    rows: list[tuple[str, Callable[[Comparison], str]]] = [
+        ("response tokens", lambda c: f"{c.gap.tokens:,}"),
+        ("mean |d logp|", lambda c: f"{c.gap.mean_abs:.2e}"),
+        ("max |d logp|", lambda c: f"{c.gap.max_abs:.2e}"),
+        ("k3 KL", lambda c: f"{c.gap.k3:.2e}"),
+        ("F(1.2)", lambda c: f"{c.gap.f_1_2:.2e}"),
+        ("F(2)", lambda c: f"{c.gap.f_2:.2e}"),
+        ("rows replayed", lambda c: f"{c.rows_replayed:,}"),
+    ]
+    for name, show in rows:
+        table.add_row(name, show(live), show(replay))
+    table.add_section()
+    for layer in live.agreement:
+        table.add_row(f"experts equal, layer {layer}", f"{live.agreement[layer]:.2%}", f"{replay.agreement[layer]:.2%}")
+    table.add_section()
+    for name, size in payload.items():
+        table.add_row(name, "", f"{size:.1f} B")
+    return table
+
+
+def plot_comparison(
+    path: Path, rollout: Logprobs, trainer: Mapping[str, Logprobs], sides: Mapping[str, Comparison]
+) -> None:
+    """Write a picture: trainer against rollout log-probabilities, one panel a mode, and agreement by layer."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.use("Agg")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    low = min(float(rollout.min()), *(float(found.min()) for found in trainer.values())) * 1.03
+    colors = dict(zip(sides, ("#c44e52", "#4c72b0"), strict=False))
+    for panel, (mode, found) in zip(panels, trainer.items(), strict=False):
+        panel.plot([low, 0], [low, 0], color="#bbbbbb", linewidth=1, zorder=0)
+        panel.scatter(rollout, found, s=4, alpha=0.5, linewidths=0, color=colors[mode])
+        panel.set(xlim=(low, 0), ylim=(low, 0), xlabel="rollout log-probability", ylabel="trainer log-probability")
+        panel.set_title(f"{mode}: k3 KL {sides[mode].gap.k3:.1e}, max |d logp| {sides[mode].gap.max_abs:.2g}")
+        panel.set_aspect("equal")
+    bars, width = panels[-1], 0.8 / len(sides)
+    for index, (mode, side) in enumerate(sides.items()):
+        at = np.arange(len(side.agreement)) + (index - (len(sides) - 1) / 2) * width
+        bars.bar(at, list(side.agreement.values()), width, label=mode, color=colors[mode])
+    layers = list(next(iter(sides.values())).agreement)
+    bars.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    lowest = min(min(side.agreement.values()) for side in sides.values())
+    bars.set(xlabel="decoder layer", ylabel="experts equal to the rollout's", ylim=(max(0, 2 * lowest - 1.01), 1.001))
+    bars.set_title("agreement by layer")
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(sides), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+@contextmanager
+def progress_bars(names: Sequence[str]) -> Iterator[list[Tick]]:
+    """Show a bar for each name on stderr; yield the functions that move them."""
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks = [progress.add_task(name, total=None, start=False) for name in names]
+
+        def ticker(task: Any) -> Tick:
+            def tick(done: int, total: int) -> None:
+                progress.start_task(task)
+                progress.update(task, completed=done, total=total)
+
+            return tick
+
+        yield [ticker(task) for task in tasks]

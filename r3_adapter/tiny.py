@@ -1,0 +1,54 @@
+"""A tiny Qwen3-MoE checkpoint with random weights, for the self-test and the quickstart."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """The shape of the checkpoint. initializer_range 0.2 spreads the routers' logits as training does."""
+
+    num_layers: int = 8
+    num_experts: int = 32
+    topk: int = 4
+    hidden_size: int = 64
+    vocab_size: int = 512
+    max_length: int = 2048
+    initializer_range: float = 0.2
+
+
+def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel | None = None) -> None:
+    """Write config.json and model.safetensors as Hugging Face has them; no tokenizer, prompts are token ids."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    shape = shape or TinyModel()
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=2 * shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=shape.hidden_size // 4,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.topk,
+        moe_intermediate_size=shape.hidden_size // 2,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+        max_position_embeddings=shape.max_length,
+        initializer_range=shape.initializer_range,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=getattr(torch, dtype),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(config).to(getattr(torch, dtype))  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
