@@ -1,0 +1,83 @@
+"""A rollout in SGLang, scored in Megatron-core on the same tokens: once routing live, once with the routes replayed."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.trainer import score
+from r3_adapter.report import Comparison, Tick, comparison_table, plot_comparison, progress_bars
+from r3_adapter.rollout import Sample
+from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess
+from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import TinyModel, write_checkpoint
+
+PROMPT_TOKENS, RESPONSE_TOKENS = 16, 128
+
+
+def main() -> None:
+    """Run it and write report.json and report.png."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder of the results")
+    parser.add_argument("--samples", type=int, default=32, help=f"responses of {RESPONSE_TOKENS} tokens each")
+    parser.add_argument("--ep", type=int, default=2, help="expert-parallel ranks of the trainer")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    layout = ParallelLayout.smallest(ep=args.ep)
+    with tempfile.TemporaryDirectory() as name, progress_bars(("rollout", "trainer")) as ticks:
+        checkpoint = Path(name)
+        write_checkpoint(checkpoint, dtype=args.dtype, seed=args.seed)
+        facts = ModelFacts.from_checkpoint(checkpoint)
+        samples = roll_out(checkpoint, args.dtype, args.samples, args.seed, ticks[0])
+        scores = score(checkpoint, samples, layout, micro_batch_size=4, progress=ticks[1])
+    rollout = np.concatenate([sample.logprobs for sample in samples])
+    trainer = {mode: np.concatenate(found.logprobs) for mode, found in scores.items()}
+    sides = {
+        mode: Comparison.of(trainer[mode], rollout, found.agreement, found.rows_equal if mode == "replay" else 0)
+        for mode, found in scores.items()
+    }
+    payload = payload_sizes(samples, facts)
+    report = {
+        "model": f"Qwen3-MoE, {facts.num_layers} layers, {facts.num_experts} experts, top-{facts.topk}, {args.dtype}",
+        "layout": {"ep": args.ep, "world_size": layout.world_size},
+        **{mode: side.to_json() for mode, side in sides.items()},
+        "ratio_k3": sides["replay"].gap.k3 / sides["live"].gap.k3,
+        "payload_bytes_per_token": payload,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_comparison(args.out / "report.png", rollout, trainer, sides)
+    console = Console()
+    console.print(comparison_table(sides["live"], sides["replay"], payload))
+    console.print(f"k3 KL with routes replayed / live: {report['ratio_k3']:.3f}")
+    console.print(f"written: {args.out}/report.json, {args.out}/report.png")
+
+
+def roll_out(checkpoint: Path, dtype: str, num_samples: int, seed: int, tick: Tick) -> list[Sample]:
+    """Generate from random prompts, each from its own tokens so that no two share a prefix."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(3, TinyModel().vocab_size, (num_samples, PROMPT_TOKENS)).tolist()
+    settings = EngineSettings(model_path=str(checkpoint), dtype=dtype, random_seed=seed)
+    params = {"temperature": 1.0, "max_new_tokens": RESPONSE_TOKENS, "ignore_eos": True}
+    return rollout_in_subprocess(settings, prompts, params, progress=tick)
+
+
+def payload_sizes(samples: Sequence[Sample], facts: ModelFacts) -> dict[str, float]:
+    """Return the bytes that routes take for each token of prompt and response, as they leave the engine."""
+    tokens = sum(sample.trace.num_tokens for sample in samples)
+    native = sum(native_bytes(sample.trace.num_tokens, facts) for sample in samples)
+    return {
+        "payload a token": sum(sample.payload_bytes for sample in samples) / tokens,
+        "SGLang's native payload a token": native / tokens,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+# Sourced by the other scripts: makes .venv with the pinned engines, builds the package, applies the patches.
+# Does nothing where that is done already and nothing that it depends on has changed.
+#
+# R3_EXTRAS: extras of pyproject.toml to install; default: "gpu" where nvidia-smi finds one, else "cpu".
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=.venv
+PYTHON=${PYTHON:-python3}
+SGLANG=sglang==0.5.20
+TORCH=torch==2.13.0
+
+r3_extras() {
+    if [ -n "${R3_EXTRAS:-}" ]; then echo "$R3_EXTRAS"; elif nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi
+}
+
+r3_say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
+
+# What the installation was made from: a change of it means to install again.
+r3_fingerprint() {
+    { r3_extras; "$PYTHON" --version; cat launch/setup.sh pyproject.toml; find cpp patches -type f -print0 | sort -z | xargs -0 cat; } \
+        | sha256sum | cut -d ' ' -f 1
+}
+
+r3_install() {
+    local extras pip="$VENV/bin/python -m pip install --quiet --disable-pip-version-check"
+    extras=$(r3_extras)
+    r3_say "installing the pinned engines and the package ($extras) into $VENV"
+    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    # torch first and alone: everything after it must take what is there.
+    $pip "$TORCH"
+    # A series may have changed: take back what an older one did before pip or the new one looks at the files.
+    if [ -x "$VENV/bin/r3" ]; then "$VENV/bin/r3" patch revert >/dev/null 2>&1 || $pip --force-reinstall --no-deps "$SGLANG" megatron-core==0.16.1; fi
+    $pip --constraint <(echo "$TORCH") --editable ".[$extras,report,test]"
+    # Without a GPU, SGLang's CUDA dependencies are left out; docs/install.md names them.
+    if [ "$extras" = cpu ]; then $pip --no-deps "$SGLANG"; fi
+    r3_say "patching the engines"
+    "$VENV/bin/r3" patch apply
+}
+
+r3_setup() {
+    local want
+    want=$(r3_fingerprint)
+    if [ "$(cat "$VENV/.r3-setup" 2>/dev/null)" != "$want" ]; then
+        r3_install
+        echo "$want" >"$VENV/.r3-setup"
+    fi
+    "$VENV/bin/r3" patch verify >&2
+}
