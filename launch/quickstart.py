@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.report import Comparison, Tick, comparison_table, plot_comparison, progress_bars
 from r3_adapter.rollout import Sample
@@ -36,7 +37,7 @@ def main() -> None:
         write_checkpoint(checkpoint, dtype=args.dtype, seed=args.seed)
         facts = ModelFacts.from_checkpoint(checkpoint)
         samples = roll_out(checkpoint, args.dtype, args.samples, args.seed, ticks[0])
-        scores = score(checkpoint, samples, layout, micro_batch_size=4, progress=ticks[1])
+        scores = score(checkpoint, samples, layout, TrainerOptions(micro_batch_size=4), progress=ticks[1])
     rollout = np.concatenate([sample.logprobs for sample in samples])
     trainer = {mode: np.concatenate(found.logprobs) for mode, found in scores.items()}
     sides = {

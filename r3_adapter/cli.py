@@ -9,9 +9,9 @@ A subcommand is a function that adds its parser and sets `run`; list it in COMMA
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from r3_adapter import patching
 from r3_adapter.errors import R3Error
@@ -66,13 +66,28 @@ def add_prove(subparsers: "Subparsers") -> None:
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N")
     parser.add_argument("--etp", type=int, default=None, metavar="N", help="default: as tp")
     parser.add_argument("--dispatcher", choices=("alltoall", "allgather"), default="alltoall")
+    parser.add_argument("--recompute", choices=("none", "full", "moe"), default="none")
+    parser.add_argument("--qkv-format", choices=("sbhd", "thd"), default="sbhd", help="padded batch, or packed")
+    parser.add_argument("--distributed-optimizer", action="store_true")
+    parser.add_argument("--pipeline-model-parallel-layout", metavar="LAYOUT", help='as Megatron has it: "Ett|tttttt|L"')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inject", metavar="DAMAGE", help="shift-token, swap-layers or swap-samples: must then fail")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict here too")
     parser.set_defaults(run=_prove)
 
 
-COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove)
+def add_bench(subparsers: "Subparsers") -> None:
+    """Add `r3 bench`."""
+    parser = subparsers.add_parser("bench", help="measure what this project costs, on this machine")
+    verbs = parser.add_subparsers(required=True, metavar="WHAT")
+    text = "a training step with replay over the same step routed live"
+    verb = verbs.add_parser("replay", help=text, description=text)
+    verb.add_argument("--pairs", type=int, default=20, metavar="N", help="steps of each kind, in turns")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    verb.set_defaults(run=_bench_replay)
+
+
+COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, add_bench)
 
 
 def _add_site(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +134,8 @@ def _lock(args: argparse.Namespace) -> int:
 
 def _prove(args: argparse.Namespace) -> int:
     from r3_adapter.layout import ParallelLayout
+    from r3_adapter.megatron.replay import check_layout
+    from r3_adapter.megatron.request import TrainerOptions
     from r3_adapter.prove import INJECTIONS, prove
     from r3_adapter.report import progress_bars
 
@@ -126,15 +143,37 @@ def _prove(args: argparse.Namespace) -> int:
         raise R3Error(f"--inject {args.inject!r} is none of {', '.join(INJECTIONS)}")
     sizes = {name: getattr(args, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     layout = ParallelLayout.smallest(**sizes)
+    check_layout(layout)
+    options = TrainerOptions(
+        dispatcher=args.dispatcher,
+        recompute=args.recompute,
+        qkv_format=args.qkv_format,
+        distributed_optimizer=args.distributed_optimizer,
+        pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
+    )
     with progress_bars(("rollout", "trainer")) as ticks:
-        verdict = prove(layout, seed=args.seed, dispatcher=args.dispatcher, injection=args.inject, ticks=ticks)
-    report = json.dumps(verdict.to_json(), indent=2)
-    if args.json:
-        args.json.write_text(report + "\n", encoding="utf-8")
-    print(report)
+        verdict = prove(layout, options, seed=args.seed, injection=args.inject, ticks=ticks)
+    _print_json(verdict.to_json(), args.json)
     for failure in verdict.failures:
         print(f"r3 prove: failed: {failure}", file=sys.stderr)
     return 0 if verdict.passed else 1
+
+
+def _bench_replay(args: argparse.Namespace) -> int:
+    from r3_adapter.bench.replay import bench_replay
+    from r3_adapter.report import progress_bars
+
+    with progress_bars(("steps",)) as (tick,):
+        figures = bench_replay(pairs=args.pairs, progress=tick)
+    _print_json(figures, args.json)
+    return 0
+
+
+def _print_json(report: Mapping[str, Any], path: Path | None) -> None:
+    text = json.dumps(report, indent=2)
+    if path:
+        path.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

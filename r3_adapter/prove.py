@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import Scores, score
 from r3_adapter.metrics import gap
 from r3_adapter.report import Tick
@@ -33,12 +34,18 @@ MIN_LIVE = 1e-2
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the self-test found; rows are (token, MoE layer) pairs with a route."""
+    """What the self-test found; rows are (token, MoE layer) pairs with a route.
+
+    rows_replayed: in a forward pass, as for old log-probabilities; rows_trained: in the training step after it, where a
+        row counts if the recomputation, too, replays it. max_abs_dlogp_replay is the larger one of both passes.
+    """
 
     layout: Mapping[str, Any]
+    options: Mapping[str, Any]
     tokens: int
     rows_expected: int
     rows_replayed: int
+    rows_trained: int
     max_abs_dlogp_replay: float
     max_abs_dlogp_live: float
 
@@ -55,6 +62,9 @@ class Verdict:
             f"rows replayed {self.rows_replayed} != {self.rows_expected} rows with a route": (
                 self.rows_replayed == self.rows_expected
             ),
+            f"rows replayed in training {self.rows_trained} != {self.rows_expected} rows with a route": (
+                self.rows_trained == self.rows_expected
+            ),
         }
         return [text for text, good in checks.items() if not good]
 
@@ -69,14 +79,15 @@ class Verdict:
 
 def prove(
     layout: ParallelLayout,
+    options: TrainerOptions | None = None,
     *,
     seed: int = 0,
-    dispatcher: str = "alltoall",
     injection: str | None = None,
     ticks: Sequence[Tick] = (lambda done, total: None,) * 2,
 ) -> Verdict:
     """Run the self-test on a tiny model: rollout in the patched SGLang, replay in the patched Megatron-core.
 
+    options: of the trainer.
     injection: a damage of INJECTIONS, done to the traces on their way; the test must then fail.
     ticks: progress of the rollout and of the trainer.
 
@@ -89,8 +100,8 @@ def prove(
         samples = perturbed_rollout(folder, seed=seed, tick=ticks[0])
         if injection is not None:
             samples = damage(samples, injection)
-        scores = score(folder, samples, layout, dispatcher=dispatcher, micro_batch_size=2, progress=ticks[1])
-    return judge(samples, scores, layout)
+        scores = score(folder, samples, layout, options, passes=PASSES, progress=ticks[1])
+    return judge(samples, scores, layout, options)
 
 
 def perturbed_rollout(
@@ -111,16 +122,24 @@ def perturbed_rollout(
     return rollout_in_subprocess(settings, prompts, params, progress=tick)
 
 
-def judge(samples: Sequence[Sample], scores: Mapping[str, Scores], layout: ParallelLayout) -> Verdict:
-    """Compare the trainer's scores with the rollout's samples."""
+def judge(
+    samples: Sequence[Sample],
+    scores: Mapping[str, Scores],
+    layout: ParallelLayout,
+    options: TrainerOptions | None = None,
+) -> Verdict:
+    """Compare the trainer's scores, of all passes, with the rollout's samples."""
+    options = options or TrainerOptions()
     rollout = np.concatenate([sample.logprobs for sample in samples])
     worst = {mode: gap(np.concatenate(found.logprobs), rollout).max_abs for mode, found in scores.items()}
     return Verdict(
         layout={**asdict(layout), "world_size": layout.world_size},
+        options=asdict(options),
         tokens=len(rollout),
         rows_expected=sum(int(sample.trace.captured.sum()) * len(sample.trace.layer_ids) for sample in samples),
         rows_replayed=scores["replay"].rows_equal,
-        max_abs_dlogp_replay=worst["replay"],
+        rows_trained=scores["train"].rows_equal // (1 if options.recompute == "none" else 2),
+        max_abs_dlogp_replay=max(worst["replay"], worst["train"]),
         max_abs_dlogp_live=worst["live"],
     )
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,16 +86,3 @@ def load_samples(folder: Path) -> list[Sample]:
 
 def _trace_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.trace.safetensors"
-
-
-def response_positions(sample: Sample) -> npt.NDArray[np.intp]:
-    """Return [R] the positions whose output predicts the response tokens: each token's predecessor."""
-    return np.arange(sample.num_prompt_tokens - 1, sample.trace.num_tokens - 1)
-
-
-def stack_tokens(samples: Sequence[Sample], seq_length: int) -> npt.NDArray[Any]:
-    """Return [b, s] int64 token ids, padded with 0."""
-    tokens = np.zeros((len(samples), seq_length), np.int64)
-    for row, sample in zip(tokens, samples, strict=True):
-        row[: sample.trace.num_tokens] = sample.trace.token_ids
-    return tokens

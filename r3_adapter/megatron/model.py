@@ -1,7 +1,7 @@
 """A Qwen3-MoE GPTModel from a Hugging Face checkpoint, on this rank of a layout."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,14 @@ import torch
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.checkpoint import Checkpoint
+from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.weights import load_weights
+
+_RECOMPUTE: Mapping[str, Mapping[str, Any]] = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
 
 
 def initialize(layout: ParallelLayout, rank: int, rendezvous: Path) -> torch.device:
@@ -67,7 +74,7 @@ def _check_coords(layout: ParallelLayout, rank: int) -> None:
         raise LayoutError(f"rank {rank}: Megatron's coordinates {found} != {want} of {layout}")
 
 
-def build_model(folder: Path, layout: ParallelLayout, *, dispatcher: str = "alltoall") -> list[torch.nn.Module]:
+def build_model(folder: Path, layout: ParallelLayout, options: TrainerOptions) -> list[torch.nn.Module]:
     """Build this rank's model chunks (one without VPP) with the checkpoint's weights, in the checkpoint's dtype.
 
     Raises:
@@ -75,7 +82,7 @@ def build_model(folder: Path, layout: ParallelLayout, *, dispatcher: str = "allt
     """
     with Checkpoint(folder) as checkpoint:
         hf, names = checkpoint.config, checkpoint.names()
-    config = transformer_config(hf, layout, dispatcher)
+    config = transformer_config(hf, layout, options)
     chunks = [_build_chunk(config, hf, vp_stage) for vp_stage in (range(layout.vpp) if layout.vpp > 1 else [None])]
     used = [name for chunk in chunks for name in load_weights(chunk, folder)]
     _check_all_read(folder, names, used)
@@ -88,11 +95,11 @@ def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> to
     from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=HAVE_TE, vp_stage=vp_stage)
-    if config.context_parallel_size > 1 and not HAVE_TE:
-        from r3_adapter.megatron.cp_attention import ContextParallelAttention
+    if not HAVE_TE:
+        from r3_adapter.megatron.attention import LocalAttention
 
         for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+            layer.submodules.self_attention.submodules.core_attention = LocalAttention
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -108,7 +115,33 @@ def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> to
     return model.to(torch.cuda.current_device())  # type: ignore[no-any-return]
 
 
-def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, dispatcher: str) -> Any:
+def build_optimizer(chunks: Sequence[torch.nn.Module], *, distributed: bool) -> tuple[list[torch.nn.Module], Any]:
+    """Wrap the chunks in Megatron's data parallelism, and make its Adam; return both."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(chunks[0])
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+    wrapped = [
+        DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-4,
+        clip_grad=1.0,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=distributed,
+    )
+    optimizer = get_megatron_optimizer(optimizer_config, wrapped)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    return wrapped, optimizer
+
+
+def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, options: TrainerOptions) -> Any:
     """Translate a Qwen3-MoE config.json into Megatron's TransformerConfig.
 
     Source: transformers/models/qwen3_moe/configuration_qwen3_moe.py, modeling_qwen3_moe.py@5.12.1.
@@ -141,7 +174,7 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, dispatcher
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type=dispatcher,
+        moe_token_dispatcher_type=options.dispatcher,
         normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"],
         qk_layernorm=True,
@@ -155,11 +188,14 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, dispatcher
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=True,
-        perform_initialization=False,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=options.qkv_format == "thd",
+        pipeline_model_parallel_layout=options.pipeline_model_parallel_layout,
+        **_RECOMPUTE[options.recompute],
         # Batched sends to one peer from two chunks at once mix up: interleaving trains wrongly with them.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,

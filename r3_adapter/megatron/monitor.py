@@ -4,13 +4,14 @@ T: tokens of this rank; K: experts a token; E: experts of a layer.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.replay import ReplayBatch, moe_routers
 
 
@@ -26,19 +27,20 @@ class LayerCounts:
 
 @dataclass
 class RouterMonitor:
-    """Watches the routers of a rank's model chunks; `expect` says which micro-batch comes next.
+    """Watches the routers of a rank's model chunks, in forward passes and in recomputation.
 
     layers: counts by global decoder layer.
     """
 
     layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
-    _batch: ReplayBatch | None = None
+    _latest: ReplayBatch | None = None
+    _by_address: dict[int, ReplayBatch] = field(default_factory=dict)
 
     @contextmanager
     def watch(self, chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
         """Put a hook on each MoE router of the chunks, for as long as the context lasts."""
         hooks = [
-            router.register_forward_hook(self._hook(index, layer_id))
+            router.register_forward_hook(self._hook(index, layer_id), with_kwargs=True)
             for chunk in chunks
             for index, (layer_id, router) in enumerate(moe_routers(chunk))
         ]
@@ -47,17 +49,25 @@ class RouterMonitor:
         finally:
             for hook in hooks:
                 hook.remove()
+            self._by_address.clear()
 
     def expect(self, batch: ReplayBatch) -> None:
-        """Compare the routers' next calls with this micro-batch."""
-        self._batch = batch
+        """Say which micro-batch the model is called with next.
+
+        A router that is given routes tells by their address which micro-batch it works on: recomputation comes later,
+        when others have been through.
+        """
+        self._latest = batch
+        self._by_address[batch.routed_experts.untyped_storage().data_ptr()] = batch
 
     def _hook(self, index: int, layer_id: int) -> Any:
-        def count(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-            assert self._batch is not None
+        def count(
+            _: torch.nn.Module, args: Any, kwargs: Mapping[str, Any], output: tuple[torch.Tensor, torch.Tensor]
+        ) -> None:
+            batch = self._find(index, layer_id, kwargs.get("routed_experts"))
             routing_map = output[1]
-            replayed = torch.from_numpy(self._batch.routes.row_versions >= 0).to(routing_map.device)
-            want = self._batch.routed_experts[index].to(torch.int64)[replayed]
+            replayed = torch.from_numpy(batch.routes.row_versions >= 0).to(routing_map.device)
+            want = batch.routed_experts[index].to(torch.int64)[replayed]
             hits = routing_map[replayed].gather(1, want).sum(1)
             alone = routing_map[replayed].sum(1) == want.shape[1]
             counts = self.layers[layer_id]
@@ -67,3 +77,13 @@ class RouterMonitor:
             counts.ids_equal += int(hits.sum())
 
         return count
+
+    def _find(self, index: int, layer_id: int, given: torch.Tensor | None) -> ReplayBatch:
+        """Return the micro-batch that a router works on; refuse routes that are another layer's."""
+        if given is None:
+            assert self._latest is not None
+            return self._latest
+        batch = self._by_address[given.untyped_storage().data_ptr()]
+        if given.storage_offset() != (own := batch.routed_experts[index].storage_offset()):
+            raise ReplayError(f"layer {layer_id}: its router was given rows at {given.storage_offset()} != {own}")
+        return batch

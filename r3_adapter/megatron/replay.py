@@ -5,15 +5,21 @@ T: tokens of this rank; M: MoE layers of the chunk; K: experts a token; E: exper
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from r3_adapter.errors import LayoutError, ReplayError
+from r3_adapter.errors import LayoutError, R3Error, ReplayError, TraceError
 from r3_adapter.layout import Packing, ParallelLayout
-from r3_adapter.repack import RankRoutes, repack
+from r3_adapter.repack import LIVE, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
+
+_MESSAGE_BYTES = 1024
+
+Staleness = Literal["refuse", "live", "keep"]
+"""What to do with rows that other weights computed: raise, route them live, or replay them all the same."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,93 @@ class ReplayBatch:
     routed_experts: [M, T, K] int16, on the chunk's device; -1 in a row that is routed live. Give it to
         GPTModel.forward as the argument of that name.
     routes: the same on the host, with the kind and the weight version of each row.
+    num_stale: rows of `routes` that other weights computed, replayed or live as the policy says.
     """
 
     routed_experts: torch.Tensor
     routes: RankRoutes
+    num_stale: int
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One micro-batch for `prepare_step`: the arguments of `prepare` that differ between micro-batches."""
+
+    traces: Sequence[RoutingTrace]
+    tokens: torch.Tensor
+    packing: Packing | None = None
+
+
+def prepare_step(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[StepInput],
+    *,
+    weight_version: str | None = None,
+    staleness: Staleness = "refuse",
+    layout: ParallelLayout | None = None,
+) -> list[list[ReplayBatch]]:
+    """Check and cut the routes of a whole step, and agree with all other ranks that it can go on.
+
+    Every rank must call it, once before the step. If any rank has refused its part, all of them raise: none waits in a
+    collective of the step for a rank that never comes.
+
+    chunks: this rank's model chunks; more than one with VPP.
+    micro_batches: of this rank, in the order in which the schedule takes them.
+    weight_version, staleness: as for `prepare`.
+
+    Returns:
+        For each chunk the batches of its micro-batches.
+
+    Raises:
+        R3Error: On every rank, what the ranks that refuse have said.
+    """
+    problem, cause, batches = "", None, list[list[ReplayBatch]]()
+    try:
+        batches = [
+            [
+                prepare(
+                    chunk,
+                    each.traces,
+                    each.tokens,
+                    packing=each.packing,
+                    layout=layout,
+                    weight_version=weight_version,
+                    staleness=staleness,
+                    place=f"micro-batch {index}",
+                )
+                for index, each in enumerate(micro_batches)
+            ]
+            for chunk in chunks
+        ]
+    except Exception as error:  # Whatever it is, the other ranks must hear of it.
+        problem, cause = f"{type(error).__name__}: {error}", error
+    try:
+        agree(problem)
+    except ReplayError as told:
+        raise told from cause
+    return batches
+
+
+def agree(problem: str) -> None:
+    """Raise on all ranks if one of them has a problem; every rank must call it. An empty string is none.
+
+    Without a problem this is one all-reduce of a number.
+
+    Raises:
+        ReplayError: Names each rank with a problem, and what it said.
+    """
+    device = torch.device("cpu") if torch.distributed.get_backend() == "gloo" else torch.cuda.current_device()
+    flag = torch.tensor([bool(problem)], dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    if not flag.item():
+        return
+    text = problem.encode()[:_MESSAGE_BYTES]
+    own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=device)
+    own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
+    everybody = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everybody, own)
+    said = [bytes(found.tolist()).rstrip(b"\0").decode(errors="replace") for found in everybody]
+    raise ReplayError("; ".join(f"rank {rank}: {message}" for rank, message in enumerate(said) if message))
 
 
 def current_layout() -> ParallelLayout:
@@ -64,17 +153,24 @@ def prepare(
     *,
     packing: Packing | None = None,
     layout: ParallelLayout | None = None,
+    weight_version: str | None = None,
+    staleness: Staleness = "refuse",
+    place: str = "micro-batch",
 ) -> ReplayBatch:
     """Check the traces of a micro-batch against its tokens, and cut them for this rank's model chunk.
 
-    Call it before the step: it raises before any collective is entered.
+    Call it before the step: it raises before any collective is entered. With more than one rank use `prepare_step`,
+    which makes all of them raise.
 
     chunk: the model chunk whose forward gets the routes.
     traces: one for each sample of the micro-batch, in order.
     tokens: [b, s] int64; the input_ids that this rank's model is given, [b, s / cp] under context parallelism; padding
-        behind each sample.
+        behind each sample. [1, t] or [1, t / cp] if packed.
     packing: how the samples lie in the micro-batch; the default is a padded batch of the tokens' shape.
     layout: default: Megatron's own.
+    weight_version: the trainer's weights by the engine's name; None to take rows of any.
+    staleness: what to do with rows of other weights.
+    place: names the micro-batch in errors.
 
     Raises:
         R3Error: traces that are not this model's or these tokens', or a layout that cannot hold them; names sample and
@@ -87,16 +183,48 @@ def prepare(
         _check_router(layer_id, router, traces)
     if packing is None:
         packing = Packing.padded(num_samples=len(traces), seq_length=tokens.shape[1] * layout.cp)
-    routes = repack(
-        traces,
-        packing,
-        layout,
-        torch.distributed.get_rank(),
-        layer_ids=np.fromiter(routers, np.int32),
-        input_ids=tokens.cpu().numpy(),
-        dtype=np.dtype(np.int16),
-    )
-    return ReplayBatch(torch.from_numpy(routes.topk_ids).to(tokens.device), routes)
+    rank, input_ids = torch.distributed.get_rank(), tokens.cpu().numpy()
+    try:
+        if weight_version is not None and staleness == "refuse":
+            _refuse_stale(traces, weight_version)
+        routes = repack(
+            traces,
+            packing,
+            layout,
+            rank,
+            layer_ids=np.fromiter(routers, np.int32),
+            input_ids=input_ids if packing.qkv_format == "sbhd" else input_ids.reshape(-1),
+            dtype=np.dtype(np.int16),
+        )
+    except R3Error as error:
+        raise type(error)(f"rank {rank}, {place}: {error}") from error
+    stale = _stale_rows(routes, weight_version)
+    if staleness == "live":
+        routes.topk_ids[:, stale] = LIVE
+        routes.row_versions[stale] = LIVE
+    return ReplayBatch(torch.from_numpy(routes.topk_ids).to(tokens.device), routes, int(stale.sum()))
+
+
+def _refuse_stale(traces: Sequence[RoutingTrace], weight_version: str) -> None:
+    for sample, trace in enumerate(traces):
+        current = [version == weight_version for version in trace.weight_versions]
+        if all(current):
+            continue
+        # -1, a row that was not captured, falls on the last entry.
+        stale = np.flatnonzero(~np.array([*current, True])[trace.version_ids])
+        if len(stale):
+            version = trace.weight_versions[trace.version_ids[stale[0]]]
+            raise TraceError(
+                f"sample {sample}, position {stale[0]}: row of weights {version!r} != {weight_version!r}, "
+                f"the trainer's ({len(stale)} such rows)"
+            )
+
+
+def _stale_rows(routes: RankRoutes, weight_version: str | None) -> npt.NDArray[np.bool_]:
+    """Return [T] whether other weights computed the row."""
+    other = [weight_version not in (None, version) for version in routes.weight_versions]
+    # LIVE and PADDING fall on the last two entries.
+    return np.array([*other, False, False])[routes.row_versions]
 
 
 _REFUSED: Mapping[str, tuple[Any, str]] = {

@@ -1,8 +1,31 @@
 """What the trainer's processes are asked to do."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-MODES = ("live", "replay")
+QkvFormat = Literal["sbhd", "thd"]
+Recompute = Literal["none", "full", "moe"]
+Dispatcher = Literal["alltoall", "allgather"]
+
+PASSES = ("live", "replay", "train")
+"""Forward with live routers; forward with routes replayed, as for old log-probabilities; a training step with them."""
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """How the trainer runs, apart from its layout.
+
+    micro_batch_size: samples in a forward pass of a data-parallel rank.
+    distributed_optimizer: share the optimizer's state out over data-parallel ranks.
+    pipeline_model_parallel_layout: Megatron's string that says which layers each stage and chunk has.
+    """
+
+    dispatcher: Dispatcher = "alltoall"
+    recompute: Recompute = "none"
+    qkv_format: QkvFormat = "sbhd"
+    micro_batch_size: int = 2
+    distributed_optimizer: bool = False
+    pipeline_model_parallel_layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -10,8 +33,8 @@ class ScoreRequest:
     """Samples to score; its JSON form is the worker's first argument.
 
     checkpoint, samples, out: folders; rendezvous: a file that does not exist yet.
-    layout: the arguments of ParallelLayout.
-    micro_batch_size: samples in a forward pass of a data-parallel rank.
+    layout, options: the arguments of ParallelLayout and of TrainerOptions.
+    passes: some of PASSES, in order.
     """
 
     checkpoint: str
@@ -19,5 +42,5 @@ class ScoreRequest:
     out: str
     rendezvous: str
     layout: dict[str, int]
-    dispatcher: str
-    micro_batch_size: int
+    options: dict[str, int | str | bool | None]
+    passes: tuple[str, ...]

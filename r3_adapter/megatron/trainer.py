@@ -17,22 +17,24 @@ from safetensors.numpy import load_file
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.request import MODES, ScoreRequest
+from r3_adapter.megatron.request import ScoreRequest, TrainerOptions
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, save_samples
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the trainer found in one mode.
+    """What the trainer found in one pass.
 
     logprobs: [R] float32 a sample.
     layers: by global decoder layer, what its router did with the rows that have a route: rows, rows_equal (all experts
-        are the route's), ids, ids_equal, summed over ranks.
+        are the route's), ids, ids_equal, summed over ranks. Recomputed rows count again.
+    grad_norm: of the training pass, before clipping.
     """
 
     logprobs: list[npt.NDArray[np.float32]]
     layers: dict[int, Mapping[str, int]]
+    grad_norm: float | None
 
     @property
     def rows_equal(self) -> int:
@@ -48,15 +50,16 @@ def score(
     checkpoint: Path,
     samples: Sequence[Sample],
     layout: ParallelLayout,
+    options: TrainerOptions | None = None,
     *,
-    dispatcher: str = "alltoall",
-    micro_batch_size: int = 1,
+    passes: Sequence[str] = ("live", "replay"),
     timeout: float = 600,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Scores]:
-    """Return the scores with routers live ("live") and with the samples' routes ("replay").
+    """Start a trainer, one process a rank, and return its scores by pass.
 
-    progress: called with samples done and to do, those of both modes together.
+    passes: some of PASSES.
+    progress: called with samples done and to do, those of all passes together.
 
     Raises:
         R3Error: a rank failed or took longer than `timeout` seconds; the message has its output.
@@ -71,13 +74,12 @@ def score(
             out=str(folder / "out"),
             rendezvous=str(folder / "rendezvous"),
             layout=asdict(layout),
-            dispatcher=dispatcher,
-            micro_batch_size=micro_batch_size,
+            options=asdict(options or TrainerOptions()),
+            passes=tuple(passes),
         )
         path = folder / "request.json"
         path.write_text(json.dumps(asdict(request)), encoding="utf-8")
-        ranks = range(layout.world_size)
-        total = len(MODES) * len(samples)
+        ranks, total = range(layout.world_size), len(passes) * len(samples)
 
         def tick() -> None:
             progress(sum(path.stat().st_size for path in (folder / "out").glob("progress.*")), total)
@@ -88,25 +90,30 @@ def score(
             timeout=timeout,
             tick=tick,
         )
-        return {mode: _gather(folder / "out", mode, samples) for mode in MODES}
+        return {each: _gather(folder / "out", each, samples) for each in passes}
 
 
-def _gather(out: Path, mode: str, samples: Sequence[Sample]) -> Scores:
+def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
     layers: dict[int, dict[str, int]] = {}
-    for path in out.glob(f"{mode}.*.json"):
-        for layer, counts in json.loads(path.read_text(encoding="utf-8")).items():
+    grad_norms = set()
+    for path in out.glob(f"{name}.*.json"):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        grad_norms.add(figures["grad_norm"])
+        for layer, counts in figures["layers"].items():
             total = layers.setdefault(int(layer), dict.fromkeys(counts, 0))
-            for name, count in counts.items():
-                total[name] += count
+            for key, count in counts.items():
+                total[key] += count
     found: dict[int, Any] = {}
-    for path in out.glob(f"{mode}.*.safetensors"):
-        for name, logprobs in load_file(path).items():
-            so_far = found.setdefault(int(name), np.full_like(logprobs, np.nan))
+    for path in out.glob(f"{name}.*.safetensors"):
+        for key, logprobs in load_file(path).items():
+            so_far = found.setdefault(int(key), np.full_like(logprobs, np.nan))
             if not np.isnan(so_far[~np.isnan(logprobs)]).all():
-                raise ReplayError(f"sample {name}: a token was scored by two ranks")
-            found[int(name)] = np.where(np.isnan(logprobs), so_far, logprobs)
+                raise ReplayError(f"sample {key}: a token was scored by two ranks")
+            found[int(key)] = np.where(np.isnan(logprobs), so_far, logprobs)
     for index, sample in enumerate(samples):
         have = int(np.count_nonzero(~np.isnan(found[index]))) if index in found else 0
         if have != sample.num_response_tokens:
             raise ReplayError(f"sample {index}: {have} tokens scored != {sample.num_response_tokens}")
-    return Scores([found[index] for index in range(len(samples))], dict(sorted(layers.items())))
+    if len(grad_norms) != 1:
+        raise ReplayError(f"ranks have different norms of one gradient: {sorted(grad_norms)}")
+    return Scores([found[index] for index in range(len(samples))], dict(sorted(layers.items())), grad_norms.pop())

@@ -87,6 +87,9 @@ QWEN3_MOE: tuple[Rule, ...] = (
     _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
     _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", cut=_columns),
     _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+    _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", cut=_rows),
+    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", cut=_columns),
     _layer("mlp.router.weight", "mlp.gate.weight"),
     _layer(
         "mlp.experts.local_experts.{expert}.linear_fc1.weight",

@@ -3,52 +3,92 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.metrics import gap
 from r3_adapter.prove import INJECTIONS, damage, judge
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.trace import RoutingTrace
 
 pytestmark = pytest.mark.engine
 
-LAYOUTS = {
-    "world 1": {},
-    "ep 2": {"ep": 2},
-    "tp 2, ep 2": {"tp": 2, "ep": 2, "etp": 1},
-    "tp 2, ep 2, etp 2": {"tp": 2, "ep": 2},
-    "pp 2": {"pp": 2},
-    "ep 2, pp 2": {"ep": 2, "pp": 2},
+Case = tuple[dict[str, int], dict[str, Any]]
+
+LAYOUTS: Mapping[str, Case] = {
+    "ep 2": ({"ep": 2}, {}),
+    "tp 2, ep 2": ({"tp": 2, "ep": 2, "etp": 1}, {}),
+    "tp 2, ep 2, etp 2": ({"tp": 2, "ep": 2}, {}),
+    "pp 2": ({"pp": 2}, {}),
+    "ep 2, pp 2": ({"ep": 2, "pp": 2}, {}),
+    "tp 2, etp 2, recompute moe": ({"tp": 2}, {"recompute": "moe"}),
+    "ep 4, allgather": ({"ep": 4}, {"dispatcher": "allgather"}),
+    "pp 4, recompute full": ({"pp": 4}, {"recompute": "full"}),
+    "pp 2, vpp 2, recompute moe": ({"pp": 2, "vpp": 2}, {"recompute": "moe"}),
+    "pp 2, vpp 2, uneven": ({"pp": 2, "vpp": 2}, {"pipeline_model_parallel_layout": "Et|ttt|tt|ttL"}),
+    "cp 2, recompute full": ({"cp": 2}, {"recompute": "full"}),
+    "cp 2, tp 2, ep 2, packed": ({"cp": 2, "tp": 2, "ep": 2, "etp": 1}, {"qkv_format": "thd"}),
+    "dp 2, packed": ({"dp": 2}, {"qkv_format": "thd", "distributed_optimizer": True}),
+    "pp 2, ep 2, packed, recompute full": (
+        {"pp": 2, "ep": 2},
+        {"qkv_format": "thd", "recompute": "full", "distributed_optimizer": True},
+    ),
+    "tp 2, pp 2, ep 2": ({"tp": 2, "pp": 2, "ep": 2}, {}),
+    "tp 2, cp 2, ep 4": ({"tp": 2, "cp": 2, "ep": 4}, {}),
 }
 
 
-@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
-def test_replay_is_exact_in_each_layout(checkpoint: Path, perturbed: list[Sample], sizes: dict[str, int]) -> None:
-    layout = ParallelLayout.smallest(**sizes)
-    verdict = judge(perturbed, score(checkpoint, perturbed, layout, micro_batch_size=2), layout)
+@pytest.fixture(scope="module")
+def world_1_grad_norm(checkpoint: Path, perturbed: list[Sample]) -> float:
+    """The norm of the gradient on one rank, whose replay is proved on the way."""
+    scores = score(checkpoint, perturbed, ParallelLayout(), passes=PASSES)
+    verdict = judge(perturbed, scores, ParallelLayout())
     assert verdict.failures == []
-    assert verdict.rows_replayed == sum(8 * (sample.trace.num_tokens - 1) for sample in perturbed)
+    assert verdict.rows_expected == sum(8 * (sample.trace.num_tokens - 1) for sample in perturbed)
+    assert scores["train"].grad_norm is not None
+    return scores["train"].grad_norm
 
 
-def test_allgather_dispatcher_gives_the_same(checkpoint: Path, perturbed: list[Sample]) -> None:
-    layout = ParallelLayout.smallest(ep=2)
-    scores = score(checkpoint, perturbed, layout, dispatcher="allgather", micro_batch_size=2)
-    assert judge(perturbed, scores, layout).failures == []
+@pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS)
+def test_replay_is_exact_in_each_layout(
+    checkpoint: Path, perturbed: list[Sample], world_1_grad_norm: float, case: Case
+) -> None:
+    layout, options = ParallelLayout.smallest(**case[0]), TrainerOptions(**case[1])
+    scores = score(checkpoint, perturbed, layout, options, passes=PASSES)
+    assert judge(perturbed, scores, layout, options).failures == []
+    # float32 sums in another order; a gradient that misses a rank's part is off by percents.
+    assert scores["train"].grad_norm == pytest.approx(world_1_grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_damaged_traces_are_noticed(checkpoint: Path, perturbed: list[Sample], injection: str) -> None:
-    layout = ParallelLayout()
     damaged = damage(perturbed, injection)
-    verdict = judge(damaged, score(checkpoint, damaged, layout, micro_batch_size=2), layout)
+    verdict = judge(damaged, score(checkpoint, damaged, ParallelLayout(), passes=PASSES), ParallelLayout())
     assert verdict.max_abs_dlogp_replay > 1e-2
     assert not verdict.passed
+
+
+def test_rows_without_a_route_are_routed_live(checkpoint: Path, perturbed: list[Sample]) -> None:
+    """A trace that says nothing changes nothing but rounding: padding goes to other experts, tokens to the same."""
+    empty = [replace(sample, trace=_forget(sample.trace)) for sample in perturbed]
+    scores = score(checkpoint, empty, ParallelLayout.smallest(ep=2))
+    for live, replay in zip(scores["live"].logprobs, scores["replay"].logprobs, strict=True):
+        np.testing.assert_allclose(live, replay, atol=1e-5, rtol=0)
+    assert scores["replay"].rows_equal == 0
+
+
+def _forget(trace: RoutingTrace) -> RoutingTrace:
+    return replace(trace, topk_ids=np.zeros_like(trace.topk_ids), version_ids=np.full_like(trace.version_ids, -1))
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tp": 2, "ep": 2}], ids=["world 1", "tp 2, ep 2"])
@@ -60,23 +100,29 @@ def test_weights_are_the_checkpoints(checkpoint: Path, sizes: dict[str, int]) ->
     samples = rollout_in_subprocess(settings, prompts, params)
     scores = score(checkpoint, samples, ParallelLayout.smallest(**sizes))
     rollout = np.concatenate([sample.logprobs for sample in samples])
-    for mode in ("live", "replay"):
+    for name in ("live", "replay"):
         # float32: sums in another order; a wrong weight is off by 1e-2 and more.
-        assert gap(np.concatenate(scores[mode].logprobs), rollout).max_abs <= 1e-5
-        assert set(scores[mode].agreement.values()) == {1.0}
+        assert gap(np.concatenate(scores[name].logprobs), rollout).max_abs <= 1e-5
+        assert set(scores[name].agreement.values()) == {1.0}
+
+
+def _prove(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "r3_adapter.cli", "prove", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_command_line(tmp_path: Path) -> None:
     report = tmp_path / "verdict.json"
-    command = [sys.executable, "-m", "r3_adapter.cli", "prove", "--ep", "2", "--seed", "3", "--json", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = _prove("--ep", "2", "--seed", "3", "--json", str(report))
     assert done.returncode == 0, done.stderr
     assert json.loads(report.read_text())["passed"] is True
     assert json.loads(done.stdout) == json.loads(report.read_text())
 
 
 def test_command_line_refuses_and_says_why() -> None:
-    command = [sys.executable, "-m", "r3_adapter.cli", "prove", "--inject", "nonsense"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = _prove("--inject", "nonsense")
     assert done.returncode == 2
     assert "'nonsense' is none of shift-token, swap-layers, swap-samples" in done.stderr
+    done = _prove("--tp", "2", "--etp", "1")
+    assert done.returncode == 2
+    assert "their copies drift apart" in done.stderr

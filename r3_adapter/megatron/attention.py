@@ -1,0 +1,63 @@
+"""Attention for context parallelism and packed sequences on machines without TransformerEngine, which has both.
+
+Keys and values are gathered from the context-parallel ranks (their gradients are reduced and scattered back) and masked
+by sequence and position; then Megatron's own local attention does the rest.
+
+t: tokens of a rank, s / cp in a padded batch.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+
+class LocalAttention(DotProductAttention):  # type: ignore[misc]
+    """Causal attention of this rank's queries over the keys of all context-parallel ranks."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        super().__init__(alone, *args, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend; query, key, value: [t, b, heads, head_dim], without b if packed. attention_mask is not looked at."""
+        group = ps.get_context_parallel_group()
+        if packed_seq_params is None:
+            rooms = [len(query) * group.size()]
+        else:
+            rooms = packed_seq_params.cu_seqlens_q_padded.diff().tolist()
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        places = [_places(rooms, group.size(), rank).to(query.device) for rank in range(group.size())]
+        own, everybody = places[group.rank()][:, None], torch.cat(places)[None]
+        masked = (own[..., 0] != everybody[..., 0]) | (own[..., 1] < everybody[..., 1])
+        key, value = (gather_from_sequence_parallel_region(part.contiguous(), group=group) for part in (key, value))
+        out: torch.Tensor = super().forward(query, key, value, masked[None, None], **kwargs)
+        return out
+
+
+def _places(rooms: Iterable[int], cp_size: int, cp_rank: int) -> torch.Tensor:
+    """Return [t, 2] the sequence and position of each token of a rank: two chunks of each sequence, one from each end.
+
+    Source: megatron/core/utils.py@0.16.1:get_batch_on_this_cp_rank
+    """
+    parts = []
+    for sequence, room in enumerate(rooms):
+        positions = torch.arange(room)
+        if cp_size > 1:
+            chunks = positions.chunk(2 * cp_size)
+            positions = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+        parts.append(torch.stack([torch.full_like(positions, sequence), positions], dim=1))
+    return torch.cat(parts)

@@ -1,0 +1,122 @@
+"""Micro-batches of samples as a rank's model chunks get them: padded [b, s] or packed [1, t].
+
+b: samples; s: sequence length; t: tokens of a packed micro-batch. A context-parallel rank has a share of s or t.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from r3_adapter.errors import LayoutError
+from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.megatron.request import QkvFormat
+from r3_adapter.reference import tokens_of_cp_rank
+from r3_adapter.rollout import Sample
+from r3_adapter.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The part of a micro-batch that one context-parallel rank has.
+
+    tokens, labels, positions: [b, s / cp] or [1, t / cp] int64; labels are each position's next token.
+    loss_mask: the same shape, float32; 1 where the label is a response token.
+    places: the same shape, two numbers in the last dimension: sample (of the whole batch) and position of each token.
+    """
+
+    traces: list[RoutingTrace]
+    packing: Packing
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    loss_mask: torch.Tensor
+    places: np.ndarray[Any, Any]
+
+    def packed_seq_params(self) -> Any:
+        """Return what GPTModel.forward wants of packed sequences; None for a padded batch."""
+        if self.packing.qkv_format == "sbhd":
+            return None
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        padded = _cumulated(self.packing.rooms, self.tokens.device)
+        lengths = _cumulated([trace.num_tokens for trace in self.traces], self.tokens.device)
+        longest = max(self.packing.rooms)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=lengths,
+            cu_seqlens_kv=lengths,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+
+def micro_batches(
+    samples: Sequence[Sample],
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    size: int,
+    qkv_format: QkvFormat,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Share samples out over the data-parallel ranks, and build this rank's micro-batches of `size` samples each.
+
+    Padded batches all have one sequence length; packed ones have as many tokens as their samples need.
+
+    Raises:
+        LayoutError: samples that cannot be shared out evenly.
+    """
+    coords = layout.coords(rank)
+    if len(samples) % (size * layout.dp):
+        raise LayoutError(f"{len(samples)} samples are not a multiple of micro-batch ({size}) x dp ({layout.dp})")
+    rooms = [_round_up(sample.trace.num_tokens, 2 * layout.tp * layout.cp) for sample in samples]
+    batches = []
+    for start in range(coords.dp_rank * size, len(samples), size * layout.dp):
+        chosen = range(start, start + size)
+        if qkv_format == "thd":
+            packing = Packing.packed(np.cumsum([0, *(rooms[i] for i in chosen)]))
+        else:
+            packing = Packing.padded(size, max(rooms))
+        batches.append(_build(samples, chosen, packing, layout.cp, coords.cp_rank, device))
+    return batches
+
+
+def _build(
+    samples: Sequence[Sample], chosen: range, packing: Packing, cp: int, cp_rank: int, device: torch.device
+) -> MicroBatch:
+    # [rows, columns, 2]: the oracle's order of tokens, not that of the code which is to be proved.
+    places = np.array(tokens_of_cp_rank(packing, cp, cp_rank), np.int64).swapaxes(0, 1)
+    if packing.qkv_format == "thd":
+        places = places.reshape(1, -1, 2)
+    places[..., 0] += chosen.start
+    tokens, labels = np.zeros(places.shape[:2], np.int64), np.zeros(places.shape[:2], np.int64)
+    loss_mask = np.zeros(places.shape[:2], np.float32)
+    for i in chosen:
+        here = places[..., 0] == i
+        at, ids, num_prompt = places[here][:, 1], samples[i].trace.token_ids, samples[i].num_prompt_tokens
+        room = np.zeros(max(at.max() + 2, len(ids) + 1), np.int64)
+        room[: len(ids)] = ids
+        tokens[here], labels[here] = room[at], room[at + 1]
+        loss_mask[here] = (at >= num_prompt - 1) & (at < len(ids) - 1)
+    return MicroBatch(
+        traces=[samples[i].trace for i in chosen],
+        packing=packing,
+        tokens=torch.from_numpy(tokens).to(device),
+        labels=torch.from_numpy(labels).to(device),
+        positions=torch.from_numpy(places[..., 1].copy()).to(device),
+        loss_mask=torch.from_numpy(loss_mask).to(device),
+        places=places,
+    )
+
+
+def _cumulated(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -1,0 +1,103 @@
+"""Passes over the micro-batches of a step, by Megatron's own pipeline schedules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from r3_adapter.megatron.batches import MicroBatch
+from r3_adapter.megatron.replay import ReplayBatch
+
+Routes = Sequence[Sequence[ReplayBatch]]
+"""By model chunk and micro-batch, as prepare_step returns them."""
+Expect = Callable[[ReplayBatch], None]
+Keep = Callable[[MicroBatch, torch.Tensor], None]
+
+
+def forward(
+    chunks: list[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    routes: Routes,
+    *,
+    live: bool = False,
+    expect: Expect = lambda replay: None,
+    keep: Keep = lambda batch, losses: None,
+) -> None:
+    """Run all micro-batches forward, as for old log-probabilities.
+
+    live: leave the routes out, so that the routers select.
+    expect: is told the routes of a micro-batch before a chunk is called with it.
+    keep: gets each micro-batch's losses, [b, s / cp] or [1, t / cp], on the last pipeline stage.
+    """
+    with torch.no_grad():
+        _run(chunks, batches, routes, live, expect, keep, train=False)
+
+
+def training_step(
+    chunks: list[torch.nn.Module],
+    optimizer: Any,
+    batches: Sequence[MicroBatch],
+    routes: Routes | None,
+    *,
+    expect: Expect = lambda replay: None,
+    keep: Keep = lambda batch, losses: None,
+) -> float:
+    """Run all micro-batches forward and backward and step the optimizer; return the norm of the gradient.
+
+    The loss is the mean negative log-probability of the response tokens. chunks: wrapped in Megatron's data
+    parallelism. routes: None to let the routers select. For the rest see `forward`.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    optimizer.zero_grad()
+    _run(chunks, batches, routes, routes is None, expect, keep, train=True)
+    return float(optimizer.step()[1])
+
+
+def _run(
+    chunks: list[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    routes: Routes | None,
+    live: bool,
+    expect: Expect,
+    keep: Keep,
+    *,
+    train: bool,
+) -> None:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward_step(iterator: Iterator[tuple[MicroBatch, ReplayBatch | None]], model: torch.nn.Module) -> Any:
+        batch, replay = next(iterator)
+        arguments: dict[str, Any] = {}
+        if replay is not None:
+            expect(replay)
+            if not live:
+                arguments["routed_experts"] = replay.routed_experts
+        output = model(
+            batch.tokens,
+            batch.positions,
+            None,
+            labels=batch.labels,
+            packed_seq_params=batch.packed_seq_params(),
+            **arguments,
+        )
+
+        def loss(losses: torch.Tensor, non_loss_data: bool = False) -> Any:
+            keep(batch, losses)
+            total = (losses.float() * batch.loss_mask).sum()
+            return losses if non_loss_data else (total, batch.loss_mask.sum().to(torch.int), {})
+
+        return output, loss
+
+    own: Sequence[Sequence[ReplayBatch | None]] = routes or [[None] * len(batches) for _ in chunks]
+    iterators = [iter(zip(batches, each, strict=True)) for each in own]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=max(each.packing.rooms[0] for each in batches),
+        micro_batch_size=batches[0].packing.num_samples,
+        forward_only=not train,
+        collect_non_loss_data=not train,
+    )
