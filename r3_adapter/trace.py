@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -83,6 +83,17 @@ class RoutingTrace:
     def captured(self) -> npt.NDArray[np.bool_]:
         """[S] bool; whether the row holds a route."""
         return self.version_ids >= 0
+
+    def head(self, num_tokens: int) -> "RoutingTrace":
+        """Return the trace of the first tokens; 0 of them stand for a sequence of nothing but padding.
+
+        Raises:
+            TraceError: more tokens than the trace has, or fewer than none.
+        """
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise TraceError(f"head of {num_tokens} tokens outside 0 to {self.num_tokens}")
+        rows = {name: getattr(self, name)[:num_tokens] for name in ("topk_ids", "token_ids", "version_ids")}
+        return replace(self, **rows)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutingTrace):

@@ -289,3 +289,19 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(place, flip):
         assert RoutingTrace.from_bytes(bytes(data)) == make()
     except TraceError:
         return
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 5])
+def test_head_is_the_first_tokens(num_tokens):
+    trace = make(5)
+    head = trace.head(num_tokens)
+    assert head.num_tokens == num_tokens
+    for name in ("topk_ids", "token_ids", "version_ids"):
+        assert np.array_equal(getattr(head, name), getattr(trace, name)[:num_tokens])
+    assert np.array_equal(head.layer_ids, trace.layer_ids)
+
+
+@pytest.mark.parametrize("num_tokens", [-1, 6])
+def test_head_of_tokens_that_are_not_there_is_refused(num_tokens):
+    with pytest.raises(TraceError, match=f"head of {num_tokens} tokens outside 0 to 5"):
+        make(5).head(num_tokens)
