@@ -134,7 +134,7 @@ def _lock(args: argparse.Namespace) -> int:
 
 def _prove(args: argparse.Namespace) -> int:
     from r3_adapter.layout import ParallelLayout
-    from r3_adapter.megatron.replay import check_layout
+    from r3_adapter.megatron.checks import check_layout
     from r3_adapter.megatron.request import TrainerOptions
     from r3_adapter.prove import INJECTIONS, prove
     from r3_adapter.report import progress_bars

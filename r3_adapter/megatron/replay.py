@@ -3,7 +3,7 @@
 T: tokens of this rank; M: MoE layers of the chunk; K: experts a token; E: experts of a layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from r3_adapter.errors import LayoutError, R3Error, ReplayError, TraceError
+from r3_adapter.errors import R3Error, ReplayError, TraceError
 from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.megatron.checks import check_layout, check_router
 from r3_adapter.repack import LIVE, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
@@ -180,7 +181,7 @@ def prepare(
     check_layout(layout)
     routers = dict(moe_routers(chunk))
     for layer_id, router in routers.items():
-        _check_router(layer_id, router, traces)
+        check_router(layer_id, router, traces)
     if packing is None:
         packing = Packing.padded(num_samples=len(traces), seq_length=tokens.shape[1] * layout.cp)
     rank, input_ids = torch.distributed.get_rank(), tokens.cpu().numpy()
@@ -225,40 +226,3 @@ def _stale_rows(routes: RankRoutes, weight_version: str | None) -> npt.NDArray[n
     other = [weight_version not in (None, version) for version in routes.weight_versions]
     # LIVE and PADDING fall on the last two entries.
     return np.array([*other, False, False])[routes.row_versions]
-
-
-_REFUSED: Mapping[str, tuple[Any, str]] = {
-    "moe_router_force_load_balancing": (False, "it replaces the logits by random ones"),
-    "moe_expert_capacity_factor": (None, "it drops tokens from the experts that they were routed to"),
-    "moe_enable_routing_replay": (False, "it selects experts itself"),
-    "cuda_graph_impl": ("none", "graphs are captured without the argument"),
-    "overlap_moe_expert_parallel_comm": (False, "its schedule plan has no argument for routes"),
-}
-"""Fields of TransformerConfig with the value that replay needs, and why."""
-
-
-def _check_router(layer_id: int, router: Any, traces: Sequence[RoutingTrace]) -> None:
-    """Refuse what would bypass replay or lose what it replays, and traces of a model with other routers."""
-    for name, (want, why) in _REFUSED.items():
-        found = getattr(router.config, name)
-        if found != want:
-            raise ReplayError(f"layer {layer_id}: {name} ({found!r}) != {want!r}: {why}")
-    if "sinkhorn" in router.routing_type:
-        raise ReplayError(f"layer {layer_id}: load balancing {router.routing_type!r} selects experts itself")
-    for index, trace in enumerate(traces):
-        shape, routes = (router.config.num_moe_experts, router.topk), (trace.num_experts, trace.topk)
-        if routes != shape:
-            raise ReplayError(f"sample {index}: (experts, top-k) {routes} of its trace != {shape} of layer {layer_id}")
-
-
-def check_layout(layout: ParallelLayout) -> None:
-    """Refuse layouts that megatron-core 0.16.1 itself trains wrongly.
-
-    Raises:
-        LayoutError: Such a layout, with the reason.
-    """
-    if layout.tp > 1 and layout.ep == 1 and layout.etp == 1:
-        raise LayoutError(
-            f"tp ({layout.tp}) > 1 with ep 1 and etp 1: megatron-core 0.16.1 does not reduce the gradients of such "
-            "experts over tensor-parallel ranks, and their copies drift apart; use etp = tp, or ep > 1"
-        )

@@ -72,12 +72,17 @@ DAMAGES: dict[str, Callable[[RoutingTrace], RoutingTrace]] = {
     "stale weights": _stale,
 }
 
-OPTIONS: dict[str, Any] = {
-    "moe_router_force_load_balancing": True,
-    "moe_expert_capacity_factor": 1.0,
-    "moe_enable_routing_replay": True,
-    "cuda_graph_impl": "local",
-    "overlap_moe_expert_parallel_comm": True,
+OPTIONS: dict[str, dict[str, Any]] = {
+    "moe_router_force_load_balancing": {"moe_router_force_load_balancing": True},
+    "moe_expert_capacity_factor": {"moe_expert_capacity_factor": 1.0},
+    "moe_enable_routing_replay": {"moe_enable_routing_replay": True},
+    "cuda_graph_impl": {"cuda_graph_impl": "local"},
+    "overlap_moe_expert_parallel_comm": {"overlap_moe_expert_parallel_comm": True},
+    "batch_p2p_comm": {
+        "batch_p2p_comm": True,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+    },
 }
 
 
@@ -113,11 +118,11 @@ def main(argv: Sequence[str]) -> None:
     attempt("stale, live", damaged(_stale), staleness="live")
     attempt("stale, keep", damaged(_stale), staleness="keep")
     config = dict(moe_routers(chunks[0]))[0].config  # type: ignore[union-attr]
-    for option, value in OPTIONS.items():
-        before = getattr(config, option)
-        setattr(config, option, value if rank == 1 else before)
+    for option, values in OPTIONS.items():
+        before = {name: getattr(config, name) for name in values}
+        vars(config).update(values if rank == 1 else {})
         attempt(option, steps)
-        setattr(config, option, before)
+        vars(config).update(before)
     attempt("nothing", steps)
     print(json.dumps(said))
     torch.distributed.barrier()

@@ -20,6 +20,7 @@ OPTIONS = (
     "moe_enable_routing_replay",
     "cuda_graph_impl",
     "overlap_moe_expert_parallel_comm",
+    "batch_p2p_comm",
 )
 
 # Place and both operands.
