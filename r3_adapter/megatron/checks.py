@@ -1,4 +1,4 @@
-"""What replay refuses: options that bypass it or lose what it replays, and layouts that Megatron-core trains wrongly."""
+"""What replay refuses: options that bypass it or lose what it replays, layouts that Megatron trains wrongly."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
