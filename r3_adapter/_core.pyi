@@ -31,7 +31,9 @@ def repack(
     counts: npt.NDArray[np.int64] | None = None,
     token_ids: list[npt.NDArray[np.int32]] | None = None,
     expected_ids: npt.NDArray[np.int64] | None = None,
+    version_maps: list[npt.NDArray[np.int32] | None] | None = None,
     num_threads: int = 1,
+    stream_from: int = 1 << 22,
 ) -> None:
     """Write what a rank's MoE layers need of the traces of a micro-batch.
 
@@ -45,6 +47,18 @@ def repack(
     counts: [M_local, E] int64, written; ids of each expert in replayed and padding rows.
     token_ids: [S] int32 of each sample; compared with
     expected_ids: [T] int64; the micro-batch's tokens at the local rows; not looked at in padding rows.
+    version_maps: [V] int32 of each sample, or None: what row_versions calls each of the sample's versions instead.
+    stream_from: bytes of `out` from which on it is written past the cache; changes the time only.
+    """
+
+def count_experts(
+    *, topk_ids: npt.NDArray[Any], row_versions: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]
+) -> None:
+    """Count the rows of each expert; live rows are left out.
+
+    topk_ids: [M_local, T, K] uint8, uint16, int16, int32 or int64.
+    row_versions: [T] int32; the version, or -1 live, -2 padding.
+    counts: [M_local, E] int64, written.
     """
 
 def collect(
@@ -68,4 +82,34 @@ def collect(
     topk_ids: [S, M, K] uint8 or uint16 of each sample, written; 0 in rows that were live.
     version_ids: [S] int32 of each sample, written; -1 in rows that were live.
     layer_ids: [M] int32; names a layer in an error.
+    """
+
+def set_bits(num_experts: int, topk: int) -> int:
+    """Return the bits of a row's code: the least that tell all sets of K of E experts apart; K <= 16, E <= 1024."""
+
+def encode_sets(
+    *,
+    topk_ids: npt.NDArray[Any],
+    version_ids: npt.NDArray[np.int32],
+    num_experts: int,
+    codes: npt.NDArray[np.uint8],
+) -> None:
+    """Write the code of each captured row, bit after bit.
+
+    topk_ids: [S, M, K] uint8 or uint16; distinct ids below num_experts in each captured row, 0 in others.
+    version_ids: [S] int32; below 0 where the row was not captured.
+    codes: [(captured * M * set_bits + 7) // 8] uint8, written.
+    """
+
+def decode_sets(
+    *,
+    codes: npt.NDArray[np.uint8],
+    version_ids: npt.NDArray[np.int32],
+    num_experts: int,
+    topk_ids: npt.NDArray[Any],
+) -> None:
+    """Write the rows of codes: the inverse of encode_sets, but each row's ids are sorted.
+
+    codes: uint8, of exactly the length that encode_sets writes; no code too large, no bit set behind the last one.
+    topk_ids: [S, M, K] uint8 or uint16, written; 0 where the row was not captured.
     """

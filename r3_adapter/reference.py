@@ -77,7 +77,6 @@ def repack(
     table = list(dict.fromkeys(version for trace in traces for version in trace.weight_versions))
     topk_ids = np.zeros((len(layer_ids), len(tokens), topk), dtype=dtype)
     row_versions = np.zeros(len(tokens), dtype=np.int32)
-    counts = np.zeros((len(layer_ids), num_experts), dtype=np.int64)
     num_padding = 0
     for row, (sample, pos) in enumerate(tokens):
         trace = traces[sample]
@@ -95,11 +94,19 @@ def repack(
             ids = {layer: every[layer] for layer in layer_ids}
         for m, layer in enumerate(layer_ids):
             topk_ids[m, row] = ids[layer]
-            for expert in ids[layer]:
-                counts[m, expert] += 1
     segments = np.array([(sample, pos, 1, row, 1) for row, (sample, pos) in enumerate(tokens)], dtype=np.int64)
     layers = np.array(layer_ids, dtype=np.int32)
-    return RankRoutes(topk_ids, row_versions, tuple(table), layers, counts, segments.reshape(-1, 5))
+    return RankRoutes(topk_ids, row_versions, tuple(table), layers, segments.reshape(-1, 5), num_experts)
+
+
+def count_experts(routes: RankRoutes) -> npt.NDArray[np.int64]:
+    """Return [M_local, E] how many replayed and padding rows each expert has."""
+    counts = np.zeros((len(routes.layer_ids), routes.num_experts), dtype=np.int64)
+    for m, layer in enumerate(routes.topk_ids.tolist()):
+        for version, row in zip(routes.row_versions.tolist(), layer, strict=True):
+            for expert in row if version != LIVE else ():
+                counts[m, expert] += 1
+    return counts
 
 
 def padding_row(number: int, num_experts: int, topk: int, ep: int) -> list[int]:

@@ -4,7 +4,7 @@ S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts;
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r3_adapter import _core
+from r3_adapter.arena import Arena, aligned_empty
 from r3_adapter.errors import LayoutError, TraceError
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
 from r3_adapter.trace import RoutingTrace, ids_dtype
@@ -29,16 +30,36 @@ class RankRoutes:
     row_versions: [T] int32; index into weight_versions of a replayed row, LIVE, or PADDING.
     weight_versions: names of the weights that computed the rows.
     layer_ids: [M_local] int32; global decoder layer of each local MoE layer.
-    counts: [M_local, E] int64; rows of each expert, replayed and padding; live rows are not known yet.
     segments: [N, 5] int64; which tokens lie at which rows, as `local_segments` gives them.
+    num_experts: E.
     """
 
     topk_ids: npt.NDArray[Any]
     row_versions: npt.NDArray[np.int32]
     weight_versions: tuple[str, ...]
     layer_ids: npt.NDArray[np.int32]
-    counts: npt.NDArray[np.int64]
     segments: npt.NDArray[np.int64]
+    num_experts: int
+    _counts: npt.NDArray[np.int64] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """[M_local, E] int64; rows of each expert, replayed and padding; live rows are not known yet.
+
+        Counted when first asked for, unless `repack` was asked to count in its own pass.
+
+        Raises:
+            TraceError: an id that is none of the experts, in routes that `repack` did not make.
+        """
+        if self._counts is None:
+            counts = np.empty((len(self.topk_ids), self.num_experts), dtype=np.int64)
+            try:
+                _core.count_experts(topk_ids=self.topk_ids, row_versions=self.row_versions, counts=counts)
+            except ValueError as error:
+                raise TraceError(f"{error}") from error
+            object.__setattr__(self, "_counts", counts)
+            return counts
+        return self._counts
 
     @property
     def num_replayed(self) -> int:
@@ -66,6 +87,8 @@ def repack(
     input_ids: npt.NDArray[np.integer] | None = None,
     dtype: npt.DTypeLike = np.int16,
     num_threads: int = 1,
+    count: bool = False,
+    arena: Arena | None = None,
 ) -> RankRoutes:
     """Return what a rank's MoE layers need of the traces of a micro-batch, in one pass.
 
@@ -79,6 +102,8 @@ def repack(
             [b, s_local] in "sbhd", [t_local] in "thd"; compared with the tokens of the traces except in padding.
         dtype: of the ids; uint8, uint16, int16, int32 or int64.
         num_threads: threads to copy with.
+        count: fill `counts` in the same pass; without it they are counted when they are first asked for.
+        arena: memory for the ids and the row versions that is used again; default: new memory each time.
 
     Raises:
         TraceError: traces that disagree, or whose tokens are not those of the micro-batch; names sample and position.
@@ -88,37 +113,41 @@ def repack(
     coords = layout.coords(rank)
     num_rows = local_num_tokens(packing, layout)
     segments = local_segments(packing, layout, coords)
-    local_layers, layer_indices = _find_layers(layer_ids, traces[0].layer_ids)
+    local_layers, layer_indices = find_layers(layer_ids, traces[0].layer_ids)
     num_experts = traces[0].num_experts
     if num_experts % layout.ep:
         raise LayoutError(f"ep ({layout.ep}) does not divide num_experts ({num_experts})")
-    expected = None if input_ids is None else _rank_tokens(input_ids, packing, layout, coords.tp_rank)
-    versions, version_ids = _unite([trace.weight_versions for trace in traces], [t.version_ids for t in traces])
+    expected = None if input_ids is None else rank_tokens(input_ids, packing, layout, coords.tp_rank)
+    versions, maps = unite([trace.weight_versions for trace in traces])
+    empty = aligned_empty if arena is None else arena.empty
     routes = RankRoutes(
-        topk_ids=np.empty((len(local_layers), num_rows, traces[0].topk), dtype=_local_dtype(dtype, num_experts)),
-        row_versions=np.empty(num_rows, dtype=np.int32),
+        topk_ids=empty((len(local_layers), num_rows, traces[0].topk), local_dtype(dtype, num_experts)),
+        row_versions=empty((num_rows,), np.int32),
         weight_versions=versions,
         layer_ids=local_layers,
-        counts=np.empty((len(local_layers), num_experts), dtype=np.int64),
         segments=segments,
+        num_experts=num_experts,
     )
+    counts = np.empty((len(local_layers), num_experts), dtype=np.int64) if count else None
     try:
         _core.repack(
             topk_ids=[trace.topk_ids for trace in traces],
-            version_ids=version_ids,
+            version_ids=[trace.version_ids for trace in traces],
             segments=segments,
             layer_indices=layer_indices,
             out=routes.topk_ids,
             row_versions=routes.row_versions,
-            counts=routes.counts,
+            counts=counts,
             num_experts=num_experts,
             ep_size=layout.ep,
             token_ids=None if expected is None else [trace.token_ids for trace in traces],
             expected_ids=expected,
+            version_maps=maps,
             num_threads=num_threads,
         )
     except ValueError as error:
         raise TraceError(f"rank {rank}: {error}") from error
+    object.__setattr__(routes, "_counts", counts)
     return routes
 
 
@@ -150,9 +179,10 @@ def collect(
     if not shards:
         raise LayoutError("no shards")
     layers = np.array([index(layer) for layer in layer_ids], dtype=np.int32)
-    layer_indices = [_find_layers(shard.layer_ids, layers)[1] for shard in shards]
+    layer_indices = [find_layers(shard.layer_ids, layers)[1] for shard in shards]
     topk = shards[0].topk_ids.shape[2]
-    versions, row_versions = _unite([shard.weight_versions for shard in shards], [s.row_versions for s in shards])
+    versions, maps = unite([shard.weight_versions for shard in shards])
+    row_versions = [rename_versions(shard, places) for shard, places in zip(shards, maps, strict=True)]
     topk_ids = [np.empty((len(ids), len(layers), topk), dtype=ids_dtype(num_experts)) for ids in token_ids]
     version_ids = [np.empty(len(ids), dtype=np.int32) for ids in token_ids]
     try:
@@ -193,13 +223,13 @@ def _check_traces(traces: Sequence[RoutingTrace], packing: Packing) -> None:
                 raise TraceError(
                     f"{name} ({getattr(trace, name)}) of sample {sample} != {getattr(first, name)} of sample 0"
                 )
-        if not np.array_equal(trace.layer_ids, first.layer_ids):
+        if trace.layer_ids is not first.layer_ids and not np.array_equal(trace.layer_ids, first.layer_ids):
             raise TraceError(
                 f"layer_ids {trace.layer_ids.tolist()} of sample {sample} != {first.layer_ids.tolist()} of sample 0"
             )
 
 
-def _find_layers(
+def find_layers(
     wanted: Sequence[int] | npt.NDArray[np.integer], known: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """Return the wanted layers and their indices in the known ones."""
@@ -213,7 +243,7 @@ def _find_layers(
     return np.array(layers, dtype=np.int32), np.array([at[layer] for layer in layers], dtype=np.int64)
 
 
-def _local_dtype(dtype: npt.DTypeLike, num_experts: int) -> np.dtype[Any]:
+def local_dtype(dtype: npt.DTypeLike, num_experts: int) -> np.dtype[Any]:
     """Return the dtype if it can hold E ids and the mark of a live row."""
     wanted = np.dtype(dtype)
     if wanted not in (np.uint8, np.uint16, np.int16, np.int32, np.int64):
@@ -226,7 +256,7 @@ def _local_dtype(dtype: npt.DTypeLike, num_experts: int) -> np.dtype[Any]:
     return wanted
 
 
-def _rank_tokens(
+def rank_tokens(
     input_ids: npt.NDArray[np.integer], packing: Packing, layout: ParallelLayout, tp_rank: int
 ) -> npt.NDArray[np.int64]:
     """Return [T] the tokens of the rank's rows: those of its context parallel rank, cut for sequence parallelism."""
@@ -238,24 +268,26 @@ def _rank_tokens(
     return np.ascontiguousarray(input_ids.T, dtype=np.int64).reshape(-1)[tp_rank * part : (tp_rank + 1) * part]
 
 
-def _unite(
-    tables: Sequence[tuple[str, ...]], version_ids: Sequence[npt.NDArray[np.int32]]
-) -> tuple[tuple[str, ...], list[npt.NDArray[np.int32]]]:
-    """Return one table of weight versions for all, and the ids into it; ids below 0 stay as they are."""
-    united = dict.fromkeys(version for table in tables for version in table)
+def unite(tables: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], list[npt.NDArray[np.int32] | None]]:
+    """Return one table of weight versions for all, and the place of each table's names in it; None where they lead."""
+    united = tuple(dict.fromkeys(version for table in tables for version in table))
     at = {version: place for place, version in enumerate(united)}
-    result = []
-    for table, ids in zip(tables, version_ids, strict=True):
-        if np.any(ids >= len(table)):
-            raise TraceError(f"version id ({ids.max()}) is not one of the {len(table)} weight versions {table}")
-        places = np.array([at[version] for version in table], dtype=np.int32)
-        if np.array_equal(places, np.arange(len(table))):
-            result.append(ids)
-            continue
-        moved = ids.copy()
-        moved[ids >= 0] = places[ids[ids >= 0]]
-        result.append(moved)
-    return tuple(united), result
+    leading = {table: table == united[: len(table)] for table in set(tables)}
+    return united, [
+        None if leading[table] else np.array([at[version] for version in table], dtype=np.int32) for table in tables
+    ]
+
+
+def rename_versions(shard: RankRoutes, places: npt.NDArray[np.int32] | None) -> npt.NDArray[np.int32]:
+    """Return [T] the row versions of a shard as ids into another table; ids below 0 stay as they are.
+
+    Raises:
+        TraceError: a version that the shard has no name for.
+    """
+    ids, known = shard.row_versions, len(shard.weight_versions)
+    if np.any(ids >= known):
+        raise TraceError(f"version id ({ids.max()}) is not one of the {known} weight versions {shard.weight_versions}")
+    return ids if places is None else np.where(ids < 0, ids, places[np.maximum(ids, 0)] if known else ids)
 
 
 def _used_versions(

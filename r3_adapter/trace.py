@@ -6,7 +6,7 @@ S: tokens of the sample; M: its MoE layers; K: experts a token; E: experts of a 
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
@@ -129,7 +129,7 @@ class RoutingTrace:
         Raises:
             TraceError: bytes that are no trace, or whose digest differs; names `place`.
         """
-        arrays, metadata = _parse(data, place)
+        arrays, metadata = read_tensors(data, place, FORMAT, _RANKS)
         try:
             versions = json.loads(metadata["weight_versions"])
             if not (isinstance(versions, list) and all(isinstance(version, str) for version in versions)):
@@ -189,8 +189,14 @@ def _check_values(trace: RoutingTrace) -> None:
     raise TraceError(f"{place} has {len(set(row))} distinct ids != topk ({len(row)})")
 
 
-def _parse(data: bytes | memoryview, place: str) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
-    """Split safetensors bytes into views and metadata; the bytes may be hostile."""
+def read_tensors(
+    data: bytes | memoryview, place: str, form: str, names: Collection[str]
+) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
+    """Split safetensors bytes of a format, with just these tensors, into views and metadata; they may be hostile.
+
+    Raises:
+        TraceError: bytes that are something else; names `place`.
+    """
     buffer = memoryview(data).cast("B").toreadonly()
     if len(buffer) < 8:
         raise TraceError(f"{place}: {len(buffer)} bytes < 8 of a safetensors header")
@@ -200,10 +206,10 @@ def _parse(data: bytes | memoryview, place: str) -> tuple[dict[str, npt.NDArray[
     try:
         header = json.loads(bytes(buffer[8 : 8 + size]))
         metadata = header.pop("__metadata__")
-        if not all(isinstance(value, str) for value in metadata.values()) or metadata["format"] != FORMAT:
-            raise TraceError(f"{place}: format {metadata.get('format')!r} != {FORMAT!r}")
-        if header.keys() != _RANKS.keys():
-            raise TraceError(f"{place}: tensors {sorted(header)} != {sorted(_RANKS)}")
+        if not all(isinstance(value, str) for value in metadata.values()) or metadata["format"] != form:
+            raise TraceError(f"{place}: format {metadata.get('format')!r} != {form!r}")
+        if header.keys() != set(names):
+            raise TraceError(f"{place}: tensors {sorted(header)} != {sorted(names)}")
         body = buffer[8 + size :]
         arrays = {name: _view(f"{place}: {name}", body, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

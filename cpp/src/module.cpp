@@ -7,4 +7,5 @@ PYBIND11_MODULE(_core, module) {
   r3::register_rows(module);
   r3::register_repack(module);
   r3::register_collect(module);
+  r3::register_sets(module);
 }

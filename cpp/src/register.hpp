@@ -7,5 +7,6 @@ namespace r3 {
 void register_rows(pybind11::module_& module);
 void register_repack(pybind11::module_& module);
 void register_collect(pybind11::module_& module);
+void register_sets(pybind11::module_& module);
 
 }  // namespace r3

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "r3/counts.hpp"
 #include "r3/repack.hpp"
 #include "register.hpp"
 
@@ -26,7 +27,9 @@ struct Request {
   std::optional<py::array> counts;
   std::optional<py::list> token_ids;
   std::optional<py::array> expected_ids;
+  std::optional<py::list> version_maps;
   std::int64_t num_threads;
+  std::size_t stream_from;
 };
 
 // A view keeps its array alive while the list that it came from may change.
@@ -47,12 +50,17 @@ void add_trace(RepackJob<Id, Out>& job, Inputs<Id>& inputs, Request const& reque
   }
   check_length(text(name, " dimension 1"), ids.shape[1], "topk_ids[0]", job.num_layers);
   check_length(text(name, " dimension 2"), ids.shape[2], "out", job.topk);
-  Trace<Id> trace{ids.data, versions.data, nullptr, ids.shape[0]};
+  Trace<Id> trace{ids.data, versions.data, nullptr, ids.shape[0], {}};
   if (request.token_ids) {
     auto tokens = view<std::int32_t const, 1>((*request.token_ids)[i], text("token_ids[", i, "]"));
     check_length(text("token_ids[", i, "]"), tokens.shape[0], name, ids.shape[0]);
     trace.token_ids = tokens.data;
     inputs.vectors.push_back(tokens);
+  }
+  if (request.version_maps && !py::object((*request.version_maps)[i]).is_none()) {
+    auto map = view<std::int32_t const, 1>((*request.version_maps)[i], text("version_maps[", i, "]"));
+    trace.version_map = map.span();
+    inputs.vectors.push_back(map);
   }
   job.traces.push_back(trace);
   inputs.ids.push_back(ids);
@@ -83,7 +91,8 @@ void repack_typed(Request const& request) {
                          .out = out.data,
                          .row_versions = versions.data,
                          .counts = nullptr,
-                         .expected_tokens = nullptr};
+                         .expected_tokens = nullptr,
+                         .stream_from = request.stream_from};
   if (request.counts) {
     auto counts = view<std::int64_t, 2>(*request.counts, "counts");
     check_length("counts", counts.shape[0], "layer_indices", layers.shape[0]);
@@ -106,7 +115,8 @@ void repack_typed(Request const& request) {
 void repack_into(py::list topk_ids, py::list version_ids, py::array segments, py::array layer_indices, py::array out,
                  py::array row_versions, std::int64_t num_experts, std::int64_t ep_size,
                  std::optional<py::array> counts, std::optional<py::list> token_ids,
-                 std::optional<py::array> expected_ids, std::int64_t num_threads) {
+                 std::optional<py::array> expected_ids, std::optional<py::list> version_maps, std::int64_t num_threads,
+                 std::size_t stream_from) {
   if (topk_ids.empty()) {
     refuse("topk_ids: no traces");
   }
@@ -117,24 +127,42 @@ void repack_into(py::list topk_ids, py::list version_ids, py::array segments, py
   if (token_ids) {
     check_length("token_ids", token_ids->size(), "topk_ids", topk_ids.size());
   }
+  if (version_maps) {
+    check_length("version_maps", version_maps->size(), "topk_ids", topk_ids.size());
+  }
   if (!py::isinstance<py::array>(topk_ids[0])) {
     refuse("topk_ids[0] is not a numpy array");
   }
-  Request const request{topk_ids,    version_ids, segments, layer_indices, out,          row_versions,
-                        num_experts, ep_size,     counts,   token_ids,     expected_ids, num_threads};
+  Request const request{topk_ids, version_ids, segments,  layer_indices, out,          row_versions, num_experts,
+                        ep_size,  counts,      token_ids, expected_ids,  version_maps, num_threads,  stream_from};
   with_trace_dtype(topk_ids[0].cast<py::array>(), "topk_ids[0]", [&]<class Id>() {
     with_local_dtype(out, "out", [&]<class Out>() { repack_typed<Id, Out>(request); });
+  });
+}
+
+void count_into(py::array topk_ids, py::array row_versions, py::array counts) {
+  with_local_dtype(topk_ids, "topk_ids", [&]<class Id>() {
+    auto ids = view<Id const, 3>(topk_ids, "topk_ids");
+    auto versions = view<std::int32_t const, 1>(row_versions, "row_versions");
+    auto result = view<std::int64_t, 2>(counts, "counts");
+    check_length("row_versions", versions.shape[0], "topk_ids", ids.shape[1]);
+    check_length("counts", result.shape[0], "topk_ids", ids.shape[0]);
+    py::gil_scoped_release unlocked;
+    count_experts(ids.data, versions.span(), ids.shape[2], result.shape[0], result.shape[1], result.data);
   });
 }
 
 }  // namespace
 
 void register_repack(py::module_& module) {
+  module.def("count_experts", &count_into, py::kw_only(), py::arg("topk_ids").noconvert(),
+             py::arg("row_versions").noconvert(), py::arg("counts").noconvert());
   module.def("repack", &repack_into, py::kw_only(), py::arg("topk_ids").noconvert(), py::arg("version_ids").noconvert(),
              py::arg("segments").noconvert(), py::arg("layer_indices").noconvert(), py::arg("out").noconvert(),
              py::arg("row_versions").noconvert(), py::arg("num_experts"), py::arg("ep_size"),
              py::arg("counts").noconvert() = py::none(), py::arg("token_ids").noconvert() = py::none(),
-             py::arg("expected_ids").noconvert() = py::none(), py::arg("num_threads") = 1);
+             py::arg("expected_ids").noconvert() = py::none(), py::arg("version_maps").noconvert() = py::none(),
+             py::arg("num_threads") = 1, py::arg("stream_from") = std::size_t{1} << 22);
 }
 
 }  // namespace r3

@@ -1,13 +1,17 @@
 // Tests of the core by itself, for sanitizers to watch: arrays have no room to spare on either side.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "r3/collect.hpp"
+#include "r3/counts.hpp"
 #include "r3/repack.hpp"
 #include "r3/rows.hpp"
+#include "r3/set_rows.hpp"
 
 namespace {
 
@@ -41,7 +45,7 @@ Id expert(std::size_t token, std::size_t layer, std::size_t k, std::size_t num_e
 template <class Id, class Out>
 struct Example {
   static constexpr std::size_t kLayers = 3, kLocalLayers = 2, kRoom = 6;
-  std::size_t topk, num_experts;
+  std::size_t topk, num_experts, stream_from = 0;
   std::vector<std::size_t> lengths = {4, 5};
   std::vector<std::vector<Id>> ids;
   std::vector<std::vector<std::int32_t>> versions, token_ids;
@@ -83,9 +87,10 @@ struct Example {
                                .out = out.data(),
                                .row_versions = row_versions.data(),
                                .counts = counts.data(),
-                               .expected_tokens = expected.data()};
+                               .expected_tokens = expected.data(),
+                               .stream_from = stream_from};
     for (std::size_t i = 0; i < 2; ++i) {
-      job.traces.push_back({ids[i].data(), versions[i].data(), token_ids[i].data(), lengths[i]});
+      job.traces.push_back({ids[i].data(), versions[i].data(), token_ids[i].data(), lengths[i], {}});
     }
     r3::repack(job);
   }
@@ -121,6 +126,7 @@ template <class Id, class Out>
 void test_round_trip(std::size_t topk, std::size_t num_experts) {
   for (std::size_t num_threads : {1, 2, 5, 40}) {
     Example<Id, Out> example(topk, num_experts);
+    example.stream_from = num_threads % 2 == 0 ? 0 : std::size_t{1} << 40;
     example.repack(num_threads);
     CHECK((example.row_versions ==
            std::vector<std::int32_t>{0, 1, 0, 1, 0, 1, 0, 1, r3::kPadding, r3::kLive, r3::kPadding, r3::kPadding}));
@@ -190,6 +196,98 @@ void test_refusals() {
   CHECK(contains(error_of([&] { example.collect(1); }), "sample 1, token 5 is padding"));
 }
 
+// More rows than a chunk, in strided and in plain segments, by several threads that share it.
+template <class Id, class Out>
+void test_many_rows(std::size_t topk) {
+  constexpr std::size_t kTokens = 3000, kLayers = 3, kExperts = 200;
+  std::vector<Id> ids(kTokens * kLayers * topk);
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    ids[i] = expert<Id>(i / topk / kLayers, i / topk % kLayers, i % topk, kExperts);
+  }
+  std::vector<std::int32_t> versions(kTokens, 1);
+  std::vector<std::int32_t> const map = {5, 6};
+  versions[17] = -1;
+  std::vector<std::int64_t> const layers = {2, 1};
+  // The rows from 5000 on are padding, and those before are two samples' in turns.
+  std::vector<r3::Segment> const segments = {{0, 3000, 50, 5000, 1}, {0, 0, 2500, 1, 2}, {1, 500, 2500, 0, 2}};
+  std::vector<Out> out(2 * 5050 * topk);
+  std::vector<std::int32_t> row_versions(5050);
+  std::vector<std::int64_t> counts(2 * kExperts), again(2 * kExperts);
+  r3::RepackJob<Id, Out> job{.traces = {},
+                             .segments = segments,
+                             .layer_indices = layers,
+                             .num_layers = kLayers,
+                             .topk = topk,
+                             .num_experts = kExperts,
+                             .ep_size = 4,
+                             .num_rows = 5050,
+                             .num_threads = 3,
+                             .out = out.data(),
+                             .row_versions = row_versions.data(),
+                             .counts = counts.data(),
+                             .expected_tokens = nullptr,
+                             .stream_from = 0};
+  job.traces.push_back({ids.data(), versions.data(), nullptr, kTokens, {}});
+  job.traces.push_back({ids.data(), versions.data(), nullptr, kTokens, map});
+  r3::repack(job);
+  for (std::size_t row = 0; row < 5000; ++row) {
+    std::size_t const token = row % 2 == 0 ? 500 + row / 2 : row / 2;
+    CHECK(row_versions[row] == (token == 17 ? r3::kLive : row % 2 == 0 ? 6 : 1));
+    for (std::size_t i = 0; i < 2 * topk; ++i) {
+      auto const want = expert<Id>(token, static_cast<std::size_t>(layers[i / topk]), i % topk, kExperts);
+      CHECK(out[(i / topk * 5050 + row) * topk + i % topk] == static_cast<Out>(token == 17 ? -1 : want));
+    }
+  }
+  CHECK(row_versions[5000] == r3::kPadding && out[5000 * topk] == 0);
+  r3::count_experts(out.data(), std::span<std::int32_t const>(row_versions), topk, 2, kExperts, again.data());
+  CHECK(counts == again);
+  CHECK(std::accumulate(counts.begin(), counts.end(), std::int64_t{0}) == static_cast<std::int64_t>(2 * 5049 * topk));
+  versions[2999] = 2;
+  CHECK(contains(error_of([&] { r3::repack(job); }), "version (2) of sample 1, token 2999 is not one of 2"));
+  versions[2999] = 1;
+  ids[(2400 * kLayers + 2) * topk] = kExperts;
+  CHECK(contains(error_of([&] { r3::repack(job); }), "id (200) >= num_experts (200) in the trace of sample"));
+}
+
+template <class Id>
+void test_sets(std::size_t num_experts, std::size_t topk) {
+  r3::SetShape const shape{7, 3, topk, num_experts};
+  std::vector<Id> ids(7 * 3 * topk), again(ids.size());
+  std::vector<std::int32_t> const versions = {0, 0, -1, 0, 0, -1, 0};
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    bool const captured = versions[i / topk / 3] >= 0;
+    ids[i] = captured ? expert<Id>(i / topk / 3, i / topk % 3, topk - 1 - i % topk, num_experts) : Id{0};
+  }
+  std::size_t const bits = r3::set_bits(num_experts, topk);
+  std::vector<std::byte> codes(r3::set_bytes(15, bits));
+  r3::encode_sets(shape, ids.data(), std::span(versions), std::span(codes));
+  r3::decode_sets(shape, std::span<std::byte const>(codes), std::span(versions), again.data());
+  for (std::size_t row = 0; row < 21; ++row) {
+    std::sort(ids.begin() + static_cast<std::ptrdiff_t>(row * topk),
+              ids.begin() + static_cast<std::ptrdiff_t>((row + 1) * topk));
+  }
+  CHECK(ids == again);
+  auto decode = [&] { r3::decode_sets(shape, std::span<std::byte const>(codes), std::span(versions), again.data()); };
+  codes.push_back({});
+  CHECK(contains(error_of(decode), "codes: "));
+  codes.pop_back();
+  if (r3::num_sets(num_experts, topk) - 1 != (r3::Wide{1} << bits) - 1) {
+    std::fill_n(codes.begin(), (bits + 7) / 8, std::byte{255});
+    CHECK(contains(error_of(decode), "is not below the number of sets"));
+  }
+}
+
+void test_all_sets() {
+  for (std::size_t topk = 1; topk <= 16; ++topk) {
+    for (std::size_t num_experts : {topk, topk + 1, std::size_t{17}, std::size_t{128}, std::size_t{256}}) {
+      test_sets<std::uint8_t>(std::max(num_experts, topk), topk);
+    }
+    test_sets<std::uint16_t>(1024, topk);
+  }
+  CHECK(contains(error_of([] { r3::set_bits(1025, 8); }), "num_experts (1025) outside 1 to 1024"));
+  CHECK(contains(error_of([] { r3::set_bits(64, 17); }), "topk (17) outside 1 to 16"));
+}
+
 template <class Id>
 void test_rows() {
   for (std::size_t topk = 1; topk <= 17; ++topk) {
@@ -216,5 +314,11 @@ int main() {
   test_all_topk<std::uint8_t, std::int16_t>();
   test_all_topk<std::uint16_t, std::int32_t>();
   test_refusals();
+  for (std::size_t topk : {1, 2, 3, 4, 6, 8, 10, 16}) {
+    test_many_rows<std::uint8_t, std::uint8_t>(topk);
+    test_many_rows<std::uint8_t, std::int16_t>(topk);
+    test_many_rows<std::uint16_t, std::int32_t>(topk);
+  }
+  test_all_sets();
   std::puts("all passed");
 }

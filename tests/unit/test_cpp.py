@@ -1,4 +1,4 @@
-"""The native core by itself, under the address and undefined-behaviour sanitizers."""
+"""The native core by itself: under sanitizers, and against inputs that a fuzzer makes up."""
 
 import os
 import shutil
@@ -8,13 +8,40 @@ from pathlib import Path
 import pytest
 
 CPP = Path(__file__).resolve().parents[2] / "cpp"
+FUZZ_SECONDS = int(os.environ.get("R3_FUZZ_SECONDS", "6"))
+
+pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
-def test_core_passes_its_own_tests_under_sanitizers(tmp_path):
-    run("cmake", "-S", CPP, "-B", tmp_path, "-DR3_TESTS=ON")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_core_passes_its_own_tests_under_sanitizers(tmp_path, sanitizers):
+    run("cmake", "-S", CPP, "-B", tmp_path, "-DR3_TESTS=ON", f"-DR3_SANITIZE={sanitizers}")
     run("cmake", "--build", tmp_path)
     assert run(tmp_path / "tests" / "test_core") == "all passed\n"
+
+
+def has_libfuzzer(folder):
+    """Return whether clang is there with libFuzzer, which comes in a package of its own."""
+    if shutil.which("clang++") is None:
+        return False
+    source = folder / "nothing.cpp"
+    source.write_text('extern "C" int LLVMFuzzerTestOneInput(unsigned char const*, unsigned long) { return 0; }\n')
+    command = ("clang++", "-fsanitize=fuzzer,address,undefined", source, "-o", folder / "nothing")
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_a_fuzzer_finds_nothing(tmp_path):
+    if not has_libfuzzer(tmp_path):
+        pytest.skip("no clang++ with libFuzzer: the parsers were not fuzzed")
+    build = tmp_path / "build"
+    run("cmake", "-S", CPP, "-B", build, "-DR3_TESTS=ON", "-DR3_FUZZ=ON", "-DCMAKE_CXX_COMPILER=clang++")
+    targets = ("fuzz_sets", "fuzz_repack", "fuzz_collect")
+    run("cmake", "--build", build, "--target", *targets)
+    for target in targets:
+        corpus = tmp_path / target
+        corpus.mkdir()
+        options = (f"-max_total_time={FUZZ_SECONDS}", "-max_len=1024", "-timeout=10", "-seed=1")
+        run(build / "tests" / target, *options, f"-artifact_prefix={corpus}/", corpus)
 
 
 def run(*command):

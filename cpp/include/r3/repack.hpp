@@ -1,193 +1,215 @@
 // From the traces of a micro-batch to what a rank's MoE layers need.
-// S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts of a layer; T: local rows.
+// M: MoE layers of a trace; K: experts a token; E: experts of a layer; T: local rows.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <span>
-#include <type_traits>
 #include <vector>
 
+#include "r3/chunks.hpp"
+#include "r3/pack.hpp"
 #include "r3/padding.hpp"
 #include "r3/parallel.hpp"
-#include "r3/segments.hpp"
-#include "r3/text.hpp"
-#include "r3/topk.hpp"
+#include "r3/stream.hpp"
 
 namespace r3 {
 
-template <class Id>
-struct Trace {
-  Id const* ids;                  // [S, M, K]
-  std::int32_t const* versions;   // [S]; below 0: not captured
-  std::int32_t const* token_ids;  // [S], or null
-  std::size_t num_tokens;         // S
+// A rank's layers that lie side by side in a trace: ids begin to end of each of its rows.
+struct LayerRun {
+  std::size_t begin;
+  std::size_t end;
 };
 
-template <class Id, class Out>
-struct RepackJob {
-  std::vector<Trace<Id>> traces;
-  std::span<Segment const> segments;
-  std::span<std::int64_t const> layer_indices;  // [M_local], into M
-  std::size_t num_layers;                       // M
-  std::size_t topk;                             // K
-  std::size_t num_experts;                      // E
-  std::size_t ep_size;
-  std::size_t num_rows;                 // T
-  std::size_t num_threads;              // at least 1
-  Out* out;                             // [M_local, T, K]
-  std::int32_t* row_versions;           // [T]
-  std::int64_t* counts;                 // [M_local, E], or null
-  std::int64_t const* expected_tokens;  // [T], or null
-};
-
-// Where a local row's ids of layer m begin: at ids + step * m. Padding is the same in every layer.
-template <class Id>
-struct Row {
-  Id const* ids;
-  std::size_t step;
-};
-
-// All bits set means a live row, so an unsigned type has one id less to give away.
-template <class Out>
-void check_out_holds(std::size_t num_experts) {
-  constexpr auto kMost = static_cast<std::uint64_t>(std::numeric_limits<Out>::max()) - (std::is_signed_v<Out> ? 0 : 1);
-  if (num_experts - 1 > kMost) {
-    refuse("num_experts (", num_experts, ") > ", kMost + 1, ", the most that ", std::is_signed_v<Out> ? "int" : "uint",
-           8 * sizeof(Out), " can hold beside the mark of a live row");
-  }
-}
-
-template <class Id, class Out>
-void check_tokens(RepackJob<Id, Out> const& job, std::vector<Place> const& places) {
-  for (std::size_t row = 0; row < job.num_rows; ++row) {
-    auto const [sample, pos] = places[row];
-    Trace<Id> const& trace = job.traces[sample];
-    if (pos < trace.num_tokens && trace.token_ids[pos] != job.expected_tokens[row]) {
-      refuse("token (", trace.token_ids[pos], ") of the trace of sample ", sample, " at position ", pos,
-             " != ", job.expected_tokens[row], " of the micro-batch at local row ", row);
+inline std::vector<LayerRun> runs_of_layers(std::span<std::int64_t const> layer_indices, std::size_t topk) {
+  std::vector<std::int64_t> layers(layer_indices.begin(), layer_indices.end());
+  std::ranges::sort(layers);
+  std::vector<LayerRun> runs;
+  for (std::int64_t layer : layers) {
+    std::size_t const begin = static_cast<std::size_t>(layer) * topk;
+    if (runs.empty() || runs.back().end < begin) {
+      runs.push_back({begin, begin});
     }
+    runs.back().end = begin + topk;
   }
+  return runs;
 }
 
-// Finds the source of each row and says in row_versions what it is. The n-th padding row takes the walk's n-th K ids.
-template <class Id, class Out>
-std::vector<Row<Id>> find_rows(RepackJob<Id, Out> const& job, std::vector<Place> const& places,
-                               std::vector<Id> const& walk) {
-  std::vector<Row<Id>> rows(job.num_rows);
-  std::size_t at = 0;
-  for (std::size_t row = 0; row < job.num_rows; ++row) {
-    auto const [sample, pos] = places[row];
-    Trace<Id> const& trace = job.traces[sample];
-    if (pos >= trace.num_tokens) {
-      job.row_versions[row] = kPadding;
-      rows[row] = {walk.data() + at, 0};
-      at = (at + job.topk) % job.num_experts;
-    } else if (trace.versions[pos] < 0) {
-      job.row_versions[row] = kLive;
-      rows[row] = {walk.data(), 0};
-    } else {
-      job.row_versions[row] = trace.versions[pos];
-      rows[row] = {trace.ids + pos * job.num_layers * job.topk, job.topk};
-    }
-  }
-  return rows;
-}
-
-// Copies the ids of some rows in one layer side by side. K is 0 where it is known at run time only.
-template <class Id, std::size_t K>
-void gather_rows(std::span<Row<Id> const> rows, std::size_t layer, std::size_t topk, Id* out) {
-  std::size_t const k = K == 0 ? topk : K;
-  for (Row<Id> const& row : rows) {
-    std::memcpy(out, row.ids + row.step * layer, k * sizeof(Id));
-    out += k;
-  }
-}
-
-// One pass over the rows begin to end, in blocks: a token's ids of all layers lie together in a trace and far apart in
-// the output, so a block's tokens stay in the cache while layer after layer is gathered, checked, counted and widened.
+// Packs chunk after chunk in blocks of rows, layer after layer: a token's ids of all layers lie together in a trace and
+// far apart in the output, so a block is small enough to stay in the cache until its last layer is packed.
 template <class Id, class Out>
 class RowCopier {
  public:
-  RowCopier(RepackJob<Id, Out> const& job, std::vector<Place> const& places, std::span<Row<Id> const> rows)
-      : job_(job), places_(places), rows_(rows), block_(block_rows(job)) {
-    gather_ = with_topk(job.topk, []<std::size_t K>() { return &gather_rows<Id, K>; });
+  RowCopier(RepackJob<Id, Out> const& job, std::span<std::size_t const> order, std::vector<Id> const& walk)
+      : job_(job), order_(order), walk_(walk), runs_(runs_of_layers(job.layer_indices, job.topk)) {
+    std::size_t const bytes = job.layer_indices.size() * job.num_rows * job.topk * sizeof(Out);
+    stream_ = bytes >= job.stream_from;
+    block_ = block_rows<Out>(job.topk);
+    stage_pack_ = find_pack<Id, Out>(job.topk, false, nullptr);
+    for (std::size_t m = 0; m < job.layer_indices.size(); ++m) {
+      packs_.push_back(find_pack<Id, Out>(job.topk, stream_, row_of(m, 0)));
+    }
   }
 
+  // Rows at which a worker may begin, so that blocks of several workers do not share lines.
+  static constexpr std::size_t kGrain = ChunkReader<Id, Out>::kRows;
+
   void operator()(std::size_t begin, std::size_t end, std::int64_t* counts) const {
-    std::vector<Id> ids(block_ * job_.topk);
-    for (std::size_t first = begin; first < end; first += block_) {
-      copy_block(first, std::min(end, first + block_), ids, counts);
+    if (begin >= end) {
+      return;
     }
+    ChunkReader<Id, Out> reader(job_, order_, walk_, begin);
+    std::vector<Out> stage(block_ * job_.topk);
+    for (std::size_t first = begin; first < end; first += kGrain) {
+      std::size_t const last = std::min(end, first + kGrain);
+      auto const sources = reader.read(first, last);
+      for (std::size_t at = 0; at < sources.size(); at += block_) {
+        copy_block(sources, at, std::min(sources.size(), at + block_), first, stage, counts);
+      }
+    }
+    finish_stores();
   }
 
  private:
-  static std::size_t block_rows(RepackJob<Id, Out> const& job) {
-    constexpr std::size_t kCacheBytes = std::size_t{1} << 15;
-    return std::clamp<std::size_t>(kCacheBytes / (job.num_layers * job.topk * sizeof(Id)), 16, 512);
-  }
+  static constexpr std::size_t kRowsAhead = 64;
+  static constexpr std::size_t kMostRows = 64;  // of a block
 
-  void copy_block(std::size_t first, std::size_t last, std::span<Id> buffer, std::int64_t* counts) const {
-    auto const ids = buffer.first((last - first) * job_.topk);
-    auto const versions = std::span(job_.row_versions, job_.num_rows).subspan(first, last - first);
-    bool const any_live = std::ranges::find(versions, kLive) != versions.end();
-    for (std::size_t m = 0; m < job_.layer_indices.size(); ++m) {
-      auto const layer = static_cast<std::size_t>(job_.layer_indices[m]);
-      gather_(rows_.subspan(first, last - first), layer, job_.topk, ids.data());
-      Id largest = 0;
-      for (Id id : ids) {
-        largest = std::max(largest, id);
+  Out* row_of(std::size_t m, std::size_t row) const { return job_.out + (m * job_.num_rows + row) * job_.topk; }
+
+  void copy_block(std::span<Id const* const> sources, std::size_t begin, std::size_t end, std::size_t first,
+                  std::vector<Out>& stage, std::int64_t* counts) const {
+    std::size_t const count = end - begin;
+    auto const versions = std::span(job_.row_versions + first + begin, count);
+    std::array<Id const*, kMostRows> replaced;
+    Id const* const* from = &sources[begin];
+    bool const mixed = has_row_without_route(versions);
+    if (mixed) {
+      from = replace_rows(sources.subspan(begin, count), versions, replaced);
+    }
+    Largest<Id> largest;
+    std::size_t next = 0;
+    for (std::size_t m = 0; m < packs_.size(); ++m) {
+      std::size_t const offset = offset_of(m);
+      Out* out = row_of(m, first + begin);
+      if (mixed) {
+        if (from != nullptr) {
+          stage_pack_(from, count, offset, job_.topk, stage.data(), largest);
+        }
+        copy_mixed(sources.subspan(begin, count), versions, stage.data(), out);
+      } else {
+        packs_[m](from, count, offset, job_.topk, out, largest);
       }
-      if (largest >= job_.num_experts) {
-        refuse_id(first, ids, layer);
+      // Reading ahead a bit after each layer keeps memory busy both ways all the time.
+      for (std::size_t const stop = (m + 1) * count / packs_.size(); next < stop; ++next) {
+        fetch(sources, begin + next + kRowsAhead);
       }
-      if (counts != nullptr) {
-        count(versions, ids.data(), counts + m * job_.num_experts);
+      if (counts != nullptr && largest.value() < job_.num_experts) {
+        count_rows(sources.subspan(begin, count), versions, offset, counts + m * job_.num_experts);
       }
-      Out* out = job_.out + (m * job_.num_rows + first) * job_.topk;
-      for (std::size_t i = 0; i < ids.size(); ++i) {
-        out[i] = static_cast<Out>(ids[i]);
-      }
-      if (any_live) {
-        mark_live(versions, out);
-      }
+    }
+    if (largest.value() >= job_.num_experts) {
+      refuse_ids(sources.subspan(begin, count), versions, first + begin);
     }
   }
 
-  void count(std::span<std::int32_t const> versions, Id const* ids, std::int64_t* counts) const {
+  static bool has_row_without_route(std::span<std::int32_t const> versions) {
+    std::int32_t lowest = 0;
     for (std::int32_t version : versions) {
-      for (std::size_t i = 0; version != kLive && i < job_.topk; ++i) {
-        ++counts[ids[i]];
+      lowest = std::min(lowest, version);
+    }
+    return lowest < 0;
+  }
+
+  // Puts a row that has a route in the place of each that has none, so that all can be packed alike; returns null if
+  // there is no such row.
+  static Id const* const* replace_rows(std::span<Id const* const> sources, std::span<std::int32_t const> versions,
+                                       std::array<Id const*, kMostRows>& replaced) {
+    auto const good = std::ranges::find_if(versions, [](std::int32_t version) { return version >= 0; });
+    if (good == versions.end()) {
+      return nullptr;
+    }
+    Id const* const other = sources[static_cast<std::size_t>(good - versions.begin())];
+    std::ranges::transform(sources, versions, replaced.begin(),
+                           [&](Id const* ids, std::int32_t version) { return version >= 0 ? ids : other; });
+    return replaced.data();
+  }
+
+  // Writes live and padding rows over what is staged, and copies it to the output.
+  void copy_mixed(std::span<Id const* const> sources, std::span<std::int32_t const> versions, Out* stage,
+                  Out* out) const {
+    Out* row = stage;
+    for (std::size_t i = 0; i < versions.size(); ++i, row += job_.topk) {
+      if (versions[i] == kLive) {
+        std::fill_n(row, job_.topk, static_cast<Out>(-1));
+      } else if (versions[i] == kPadding) {
+        std::transform(sources[i], sources[i] + job_.topk, row, [](Id id) { return static_cast<Out>(id); });
       }
-      ids += job_.topk;
+    }
+    std::size_t const size = versions.size() * job_.topk * sizeof(Out);
+    if (stream_) {
+      stream_bytes(reinterpret_cast<std::byte*>(out), reinterpret_cast<std::byte const*>(stage), size);
+    } else {
+      std::memcpy(out, stage, size);
     }
   }
 
-  void mark_live(std::span<std::int32_t const> versions, Out* out) const {
-    for (std::int32_t version : versions) {
-      if (version == kLive) {
-        std::fill_n(out, job_.topk, static_cast<Out>(-1));
+  std::size_t offset_of(std::size_t m) const { return static_cast<std::size_t>(job_.layer_indices[m]) * job_.topk; }
+
+  // Asks for a rank's layers of a row: a processor by itself does not see that of every row the same few lines are
+  // read. Behind the chunk it is guessed that the last token's trace goes on; a wrong guess costs time only.
+  // It must be inlined: a call that changes nothing but the cache is left out by the compiler.
+  [[gnu::always_inline]] void fetch(std::span<Id const* const> sources, std::size_t row) const {
+    std::size_t const known = std::min(row, sources.size() - 1);
+    std::size_t const step = job_.num_layers * job_.topk * sizeof(Id);
+    auto const ids = reinterpret_cast<std::uintptr_t>(sources[known]) + (row - known) * step;
+    for (LayerRun const& run : runs_) {
+      for (std::size_t at = run.begin * sizeof(Id); at < run.end * sizeof(Id); at += kLine) {
+        prefetch(reinterpret_cast<void const*>(ids + at));
       }
-      out += job_.topk;
     }
   }
 
-  [[noreturn]] void refuse_id(std::size_t first, std::span<Id const> ids, std::size_t layer) const {
-    auto const bad = std::ranges::find_if(ids, [&](Id id) { return id >= job_.num_experts; });
-    auto const [sample, pos] = places_[first + static_cast<std::size_t>(bad - ids.begin()) / job_.topk];
-    refuse("id (", unsigned{*bad}, ") >= num_experts (", job_.num_experts, ") in the trace of sample ", sample,
-           " at position ", pos, ", layer index ", layer);
+  void count_rows(std::span<Id const* const> sources, std::span<std::int32_t const> versions, std::size_t offset,
+                  std::int64_t* counts) const {
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      Id const* ids = sources[i] + (versions[i] >= 0 ? offset : 0);
+      for (std::size_t k = 0; k < job_.topk && versions[i] != kLive; ++k) {
+        ++counts[ids[k]];
+      }
+    }
   }
+
+  // Says which of the rows has an id that is too large.
+  void refuse_ids(std::span<Id const* const> sources, std::span<std::int32_t const> versions, std::size_t first) const;
 
   RepackJob<Id, Out> const& job_;
-  std::vector<Place> const& places_;
-  std::span<Row<Id> const> rows_;
+  std::span<std::size_t const> order_;
+  std::vector<Id> const& walk_;
+  std::vector<LayerRun> runs_;
+  std::vector<Pack<Id, Out>> packs_;
+  Pack<Id, Out> stage_pack_;
   std::size_t block_;
-  void (*gather_)(std::span<Row<Id> const>, std::size_t, std::size_t, Id*);
+  bool stream_;
 };
+
+template <class Id, class Out>
+void RowCopier<Id, Out>::refuse_ids(std::span<Id const* const> sources, std::span<std::int32_t const> versions,
+                                    std::size_t first) const {
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    for (std::size_t m = 0; versions[i] >= 0 && m < packs_.size(); ++m) {
+      auto const ids = std::span(sources[i] + offset_of(m), job_.topk);
+      auto const bad = std::ranges::find_if(ids, [&](Id id) { return id >= job_.num_experts; });
+      if (bad != ids.end()) {
+        auto const place = places_of_rows(job_.segments, job_.traces.size(), job_.num_rows)[first + i];
+        refuse("id (", unsigned{*bad}, ") >= num_experts (", job_.num_experts, ") in the trace of sample ",
+               place.sample, " at position ", place.pos, ", layer index ", job_.layer_indices[m]);
+      }
+    }
+  }
+}
 
 template <class Id, class Out>
 void check_job(RepackJob<Id, Out> const& job) {
@@ -205,17 +227,16 @@ template <class Id, class Out>
 void repack(RepackJob<Id, Out> const& job) {
   check_job(job);
   auto const walk = padding_walk<Id>(job.num_experts, job.ep_size, job.topk);
-  auto const places = places_of_rows(job.segments, job.traces.size(), job.num_rows);
-  if (job.expected_tokens != nullptr) {
-    check_tokens(job, places);
-  }
-  auto const rows = find_rows(job, places, walk);
+  auto const order = order_by_row(job.segments, job.traces.size(), job.num_rows);
+  RowCopier<Id, Out> const copy(job, order, walk);
   std::size_t const num_counts = job.counts == nullptr ? 0 : job.layer_indices.size() * job.num_experts;
   std::vector<std::vector<std::int64_t>> counts(job.num_threads, std::vector<std::int64_t>(num_counts));
-  RowCopier<Id, Out> const copy(job, places, rows);
-  in_parallel(job.num_rows, job.num_threads, [&](std::size_t begin, std::size_t end, std::size_t worker) {
-    copy(begin, end, job.counts == nullptr ? nullptr : counts[worker].data());
-  });
+  constexpr std::size_t kGrain = RowCopier<Id, Out>::kGrain;
+  in_parallel((job.num_rows + kGrain - 1) / kGrain, job.num_threads,
+              [&](std::size_t begin, std::size_t end, std::size_t worker) {
+                copy(begin * kGrain, std::min(end * kGrain, job.num_rows),
+                     job.counts == nullptr ? nullptr : counts[worker].data());
+              });
   for (std::size_t i = 0; i < num_counts; ++i) {
     job.counts[i] = 0;
     for (auto const& part : counts) {

@@ -1,0 +1,222 @@
+// Rows of ids as ranks of sets, bit after bit, and back.
+// S: tokens; M: MoE layers; K: experts a token; E: experts of a layer.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+
+#include "r3/rows.hpp"
+#include "r3/sets.hpp"
+
+namespace r3 {
+
+static_assert(std::endian::native == std::endian::little, "codes and traces are little-endian");
+
+// Writes numbers of a fixed width one after the other, low bits first.
+template <class Word>
+class BitWriter {
+ public:
+  BitWriter(std::byte* to, std::size_t bits) : to_(to), bits_(bits) {}
+
+  void write(Word word) {
+    put(static_cast<std::uint64_t>(word), std::min<std::size_t>(bits_, 64));
+    if constexpr (sizeof(Word) > 8) {
+      put(static_cast<std::uint64_t>(word >> 64), bits_ - std::min<std::size_t>(bits_, 64));
+    }
+  }
+
+  void finish() {
+    if (num_held_ > 0) {
+      std::memcpy(to_, &held_, (num_held_ + 7) / 8);
+    }
+  }
+
+ private:
+  // Takes up to 64 bits, with zeros above them, to the fewer than 64 that are held.
+  void put(std::uint64_t value, std::size_t num_bits) {
+    held_ |= value << num_held_;
+    if (num_held_ + num_bits < 64) {
+      num_held_ += num_bits;
+      return;
+    }
+    std::memcpy(to_, &held_, 8);
+    to_ += 8;
+    held_ = num_held_ == 0 ? 0 : value >> (64 - num_held_);
+    num_held_ = num_held_ + num_bits - 64;
+  }
+
+  std::byte* to_;
+  std::size_t bits_;
+  std::uint64_t held_ = 0;
+  std::size_t num_held_ = 0;
+};
+
+// Reads numbers of a fixed width; never looks behind the end.
+template <class Word>
+class BitReader {
+ public:
+  BitReader(std::span<std::byte const> from, std::size_t bits)
+      : from_(from), bits_(bits), mask_(bits == 8 * sizeof(Word) ? ~Word{0} : (Word{1} << bits) - 1) {}
+
+  Word read(std::size_t number) const {
+    std::size_t const bit = number * bits_, byte = bit / 8;
+    unsigned const shift = bit % 8;
+    if (byte + sizeof(Word) + 1 > from_.size()) [[unlikely]] {
+      return near_end(byte, shift);
+    }
+    Word low;
+    std::memcpy(&low, from_.data() + byte, sizeof low);
+    low >>= shift;
+    if (bits_ + 7 > 8 * sizeof(Word) && shift > 0) {
+      low |= static_cast<Word>(from_[byte + sizeof(Word)]) << (8 * sizeof(Word) - shift);
+    }
+    return low & mask_;
+  }
+
+ private:
+  Word near_end(std::size_t byte, unsigned shift) const {
+    std::array<std::byte, sizeof(Word) + 1> bytes{};
+    std::copy_n(from_.begin() + static_cast<std::ptrdiff_t>(byte), std::min(bytes.size(), from_.size() - byte),
+                bytes.begin());
+    Word low;
+    std::memcpy(&low, bytes.data(), sizeof low);
+    low >>= shift;
+    if (shift > 0) {
+      low |= static_cast<Word>(bytes.back()) << (8 * sizeof(Word) - shift);
+    }
+    return low & mask_;
+  }
+
+  std::span<std::byte const> from_;
+  std::size_t bits_;
+  Word mask_;
+};
+
+struct SetShape {
+  std::size_t num_tokens;   // S
+  std::size_t num_layers;   // M
+  std::size_t topk;         // K
+  std::size_t num_experts;  // E
+};
+
+inline std::size_t count_captured(std::span<std::int32_t const> versions) {
+  return static_cast<std::size_t>(std::ranges::count_if(versions, [](std::int32_t version) { return version >= 0; }));
+}
+
+// Calls action.operator()<Word, K>() with the type that holds ranks and the K that is known at compile time, or 0.
+template <class Action>
+void with_set_code(SetShape const& shape, Action action) {
+  bool const wide = set_bits(shape.num_experts, shape.topk) > 63;
+  with_topk(shape.topk, [&]<std::size_t K>() {
+    wide ? action.template operator()<Wide, K>() : action.template operator()<std::uint64_t, K>();
+  });
+}
+
+// Codes the captured rows of ids, [S, M, K], which are right as find_bad_row sees it; codes has set_bytes(captured * M,
+// bits) bytes.
+template <class Id>
+void encode_sets(SetShape const& shape, Id const* ids, std::span<std::int32_t const> versions,
+                 std::span<std::byte> codes) {
+  if (find_bad_row(ids, versions.data(), shape.num_tokens, shape.num_layers, shape.topk, shape.num_experts)) {
+    refuse("topk_ids: a row does not hold distinct ids below num_experts (", shape.num_experts, ")");
+  }
+  with_set_code(shape, [&]<class Word, std::size_t K>() {
+    SetCode<Word> const code(shape.num_experts, shape.topk);
+    BitWriter<Word> writer(codes.data(), code.bits());
+    std::size_t const k = K == 0 ? shape.topk : K;
+    for (std::size_t token = 0; token < shape.num_tokens; ++token) {
+      for (std::size_t layer = 0; versions[token] >= 0 && layer < shape.num_layers; ++layer) {
+        writer.write(code.template rank<K>(ids + (token * shape.num_layers + layer) * k));
+      }
+    }
+    writer.finish();
+  });
+}
+
+// Decodes the rows first to last of the codes.
+template <class Word, std::size_t K, class Id>
+void decode_rows(SetCode<Word> const& code, BitReader<Word> const& reader, std::size_t first, std::size_t last,
+                 Id* ids) {
+  constexpr std::size_t kSets = 8;
+  Word largest = 0;
+  auto decode = [&]<std::size_t kCount>(std::size_t row) {
+    std::array<Word, kCount> ranks;
+    for (std::size_t i = 0; i < kCount; ++i) {
+      Word const rank = reader.read(row + i);
+      largest = std::max(largest, rank);
+      ranks[i] = rank < code.num_ranks() ? rank : 0;
+    }
+    code.template members<K>(ranks, ids + (row - first) * code.topk());
+  };
+  std::size_t row = first;
+  for (; row + kSets <= last; row += kSets) {
+    decode.template operator()<kSets>(row);
+  }
+  for (; row < last; ++row) {
+    decode.template operator()<1>(row);
+  }
+  if (largest >= code.num_ranks()) {
+    refuse("codes: a rank of rows ", first, " to ", last, " is not below the number of sets");
+  }
+}
+
+#if defined(__x86_64__)
+// The same with shifts that need no flags, a quarter faster.
+template <class Word, std::size_t K, class Id>
+[[gnu::flatten, gnu::target("bmi,bmi2")]] void decode_rows_bmi(SetCode<Word> const& code, BitReader<Word> const& reader,
+                                                               std::size_t first, std::size_t last, Id* ids) {
+  decode_rows<Word, K>(code, reader, first, last, ids);
+}
+#endif
+
+template <class Word, std::size_t K, class Id>
+auto find_decode_rows() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("bmi2")) {
+    return &decode_rows_bmi<Word, K, Id>;
+  }
+#endif
+  return &decode_rows<Word, K, Id>;
+}
+
+// Writes ids, [S, M, K]: sorted ones in captured rows, 0 in others; refuses codes of another length, ranks that are too
+// large, and bits behind the last rank.
+template <class Id>
+void decode_sets(SetShape const& shape, std::span<std::byte const> codes, std::span<std::int32_t const> versions,
+                 Id* ids) {
+  std::size_t const bits = set_bits(shape.num_experts, shape.topk);
+  std::size_t const num_rows = count_captured(versions) * shape.num_layers;
+  if (codes.size() != set_bytes(num_rows, bits)) {
+    refuse("codes: ", codes.size(), " bytes != ", set_bytes(num_rows, bits), " of ", num_rows, " rows of ", bits,
+           " bits");
+  }
+  if (num_rows * bits % 8 != 0 && std::to_integer<unsigned>(codes.back()) >> (num_rows * bits % 8) != 0) {
+    refuse("codes: bits behind the last row are not 0");
+  }
+  with_set_code(shape, [&]<class Word, std::size_t K>() {
+    SetCode<Word> const code(shape.num_experts, shape.topk);
+    BitReader<Word> const reader(codes, bits);
+    auto const decode = find_decode_rows<Word, K, Id>();
+    std::size_t const token_size = shape.num_layers * shape.topk;
+    std::size_t row = 0;
+    for (std::size_t token = 0, end = 0; token < shape.num_tokens; token = end) {
+      bool const captured = versions[token] >= 0;
+      for (end = token; end < shape.num_tokens && (versions[end] >= 0) == captured;) {
+        ++end;
+      }
+      if (captured) {
+        decode(code, reader, row, row + (end - token) * shape.num_layers, ids + token * token_size);
+        row += (end - token) * shape.num_layers;
+      } else {
+        std::fill_n(ids + token * token_size, (end - token) * token_size, Id{0});
+      }
+    }
+  });
+}
+
+}  // namespace r3
