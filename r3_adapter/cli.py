@@ -71,6 +71,9 @@ def add_prove(subparsers: "Subparsers") -> None:
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--pipeline-model-parallel-layout", metavar="LAYOUT", help='as Megatron has it: "Ett|tttttt|L"')
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--group", type=int, default=1, metavar="N", help="samples of each prompt, in one batch")
+    parser.add_argument("--turns", type=int, default=1, metavar="N", help="of each conversation")
+    parser.add_argument("--retract", action="store_true", help="a KV pool too small for the batch")
     parser.add_argument("--inject", metavar="DAMAGE", help="shift-token, swap-layers or swap-samples: must then fail")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict here too")
     parser.set_defaults(run=_prove)
@@ -85,6 +88,16 @@ def add_bench(subparsers: "Subparsers") -> None:
     verb.add_argument("--pairs", type=int, default=20, metavar="N", help="steps of each kind, in turns")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     verb.set_defaults(run=_bench_replay)
+    text = "three engines, capture off, as released and patched, taking turns: time, bytes and host memory"
+    verb = verbs.add_parser("capture", help=text, description=text)
+    verb.add_argument("--pairs", type=int, default=9, metavar="N", help="turns that are compared")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    verb.set_defaults(run=_bench_capture)
+    text = "repack beside memcpy, numpy and torch on the same routes; set coding"
+    verb = verbs.add_parser("repack", help=text, description=text)
+    verb.add_argument("--max-mib", type=int, default=4096, metavar="N", help="routes of the largest step timed")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    verb.set_defaults(run=_bench_repack)
 
 
 COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, add_bench)
@@ -136,7 +149,7 @@ def _prove(args: argparse.Namespace) -> int:
     from r3_adapter.layout import ParallelLayout
     from r3_adapter.megatron.checks import check_layout
     from r3_adapter.megatron.request import TrainerOptions
-    from r3_adapter.prove import INJECTIONS, prove
+    from r3_adapter.prove import INJECTIONS, Scene, prove
     from r3_adapter.report import progress_bars
 
     if args.inject not in (None, *INJECTIONS):
@@ -151,8 +164,9 @@ def _prove(args: argparse.Namespace) -> int:
         distributed_optimizer=args.distributed_optimizer,
         pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
     )
+    scene = Scene(group=args.group, retract=args.retract, turns=args.turns)
     with progress_bars(("rollout", "trainer")) as ticks:
-        verdict = prove(layout, options, seed=args.seed, injection=args.inject, ticks=ticks)
+        verdict = prove(layout, options, seed=args.seed, scene=scene, injection=args.inject, ticks=ticks)
     _print_json(verdict.to_json(), args.json)
     for failure in verdict.failures:
         print(f"r3 prove: failed: {failure}", file=sys.stderr)
@@ -166,6 +180,23 @@ def _bench_replay(args: argparse.Namespace) -> int:
     with progress_bars(("steps",)) as (tick,):
         figures = bench_replay(pairs=args.pairs, progress=tick)
     _print_json(figures, args.json)
+    return 0
+
+
+def _bench_capture(args: argparse.Namespace) -> int:
+    from r3_adapter.bench.capture import bench_capture
+    from r3_adapter.report import progress_bars
+
+    with progress_bars(("turns",)) as (tick,):
+        figures = bench_capture(pairs=args.pairs, progress=tick)
+    _print_json(figures, args.json)
+    return 0
+
+
+def _bench_repack(args: argparse.Namespace) -> int:
+    from r3_adapter.bench.repack import bench_repack
+
+    _print_json(bench_repack(max_mib=args.max_mib), args.json)
     return 0
 
 

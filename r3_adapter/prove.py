@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import Scores, score
@@ -26,6 +27,8 @@ from r3_adapter.tiny import TinyModel, write_checkpoint
 from r3_adapter.trace import RoutingTrace
 
 PERTURBED_SHARE = 0.2
+SMALL_POOL = 640
+"""KV slots that do not suffice for the 16 requests of a batch."""
 MAX_REPLAY = 1e-4
 """Largest difference of log-probabilities after replay: float32 sums in another order stay an order below."""
 MIN_LIVE = 1e-2
@@ -77,17 +80,43 @@ class Verdict:
         return {**asdict(self), "passed": self.passed}
 
 
+@dataclass(frozen=True)
+class Scene:
+    """How the rollout makes the engine compute tokens twice.
+
+    group: samples of each prompt, in one batch.
+    retract: the KV pool is too small for a batch, so requests are retracted and computed again.
+    turns: of each conversation; a turn's routes are those from where the last one's ended.
+    """
+
+    group: int = 1
+    retract: bool = False
+    turns: int = 1
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.turns < 1:
+            raise R3Error(f"group ({self.group}) and turns ({self.turns}) must be 1 or more")
+        if self.retract and self.turns > 1:
+            raise R3Error(f"retract with turns ({self.turns}) > 1: conversations run one after the other")
+
+    @property
+    def radix_cache(self) -> bool:
+        return self != Scene()
+
+
 def prove(
     layout: ParallelLayout,
     options: TrainerOptions | None = None,
     *,
     seed: int = 0,
+    scene: Scene = Scene(),
     injection: str | None = None,
     ticks: Sequence[Tick] = (lambda done, total: None,) * 2,
 ) -> Verdict:
     """Run the self-test on a tiny model: rollout in the patched SGLang, replay in the patched Megatron-core.
 
     options: of the trainer.
+    scene: of the rollout; with any, the radix cache is on.
     injection: a damage of INJECTIONS, done to the traces on their way; the test must then fail.
     ticks: progress of the rollout and of the trainer.
 
@@ -97,7 +126,10 @@ def prove(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder, dtype="float32", seed=seed)
-        samples = perturbed_rollout(folder, seed=seed, tick=ticks[0])
+        samples = perturbed_rollout(folder, seed=seed, scene=scene, tick=ticks[0])
+        size = (options or TrainerOptions()).micro_batch_size * layout.dp
+        # Micro-batches want a multiple; a sample that is scored twice proves no less.
+        samples += samples[: -len(samples) % size]
         if injection is not None:
             samples = damage(samples, injection)
         scores = score(folder, samples, layout, options, passes=PASSES, progress=ticks[1])
@@ -105,21 +137,41 @@ def prove(
 
 
 def perturbed_rollout(
-    checkpoint: Path, *, seed: int, num_samples: int = 32, tick: Tick = lambda done, total: None
+    checkpoint: Path,
+    *,
+    seed: int,
+    num_samples: int = 32,
+    scene: Scene = Scene(),
+    tick: Tick = lambda done, total: None,
 ) -> list[Sample]:
-    """Generate from random prompts of 4 to 40 tokens, 32 to 96 tokens each, with a share of the rows perturbed."""
+    """Generate from random prompts of 4 to 40 tokens, 32 to 96 tokens each, with a share of the rows perturbed.
+
+    Raises:
+        R3Error: the engine fails; or nothing was retracted, though the scene is about it.
+    """
     rng = np.random.default_rng(seed)
     vocab = TinyModel().vocab_size
     prompts = [rng.integers(3, vocab, rng.integers(4, 41)).tolist() for _ in range(num_samples)]
-    lengths = rng.integers(32, 97, num_samples).tolist()
-    params = [{"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True} for length in lengths]
+    # Where requests are to be retracted all of them must ask for more than they were admitted for.
+    lengths = [128] * num_samples if scene.retract else rng.integers(32, 97, num_samples).tolist()
+    params: Any = [{"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True} for length in lengths]
+    prompts = [prompts[index // scene.group] for index in range(num_samples)]
+    follow_ups = []
+    if scene.turns > 1:
+        prompts, params = prompts[: max(1, num_samples // scene.turns)], params[0]
+        follow_ups = [rng.integers(3, vocab, (scene.turns - 1, 8)).tolist() for _ in prompts]
     settings = EngineSettings(
         model_path=str(checkpoint),
         dtype="float32",
         random_seed=seed,
+        radix_cache=scene.radix_cache,
+        max_total_tokens=SMALL_POOL if scene.retract else 8192,
         perturb=Perturbation(seed=seed, fraction=PERTURBED_SHARE),
     )
-    return rollout_in_subprocess(settings, prompts, params, progress=tick)
+    samples = rollout_in_subprocess(settings, prompts, params, recomputed="split", follow_ups=follow_ups, progress=tick)
+    if scene.retract and len(samples) == len(prompts):
+        raise R3Error(f"no request was retracted with a pool of {SMALL_POOL} tokens: nothing was proved")
+    return samples
 
 
 def judge(

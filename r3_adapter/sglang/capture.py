@@ -12,32 +12,57 @@ import numpy as np
 import numpy.typing as npt
 
 from r3_adapter.errors import CaptureError, TraceError
+from r3_adapter.sglang.computation import Computation, read_computations
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
 
+Policy = Literal["raise", "keep"]
 
-def trace_from_reply(
+
+def trace_from_reply(reply: Mapping[str, Any], prompt_ids: Sequence[int], **options: Any) -> RoutingTrace:
+    """Read the routes of one reply of a server with `routed_experts_format="safetensors"`.
+
+    options: those of computations_from_reply.
+
+    Raises:
+        CaptureError: As there; or the request was retracted and computed more than once, so that no one trace is it.
+        TraceError: The payload is malformed.
+    """
+    found = computations_from_reply(reply, prompt_ids, **options)
+    if len(found) > 1:
+        raise CaptureError(
+            f"{options.get('place', 'reply')}: computed {len(found)} times, since it was retracted; "
+            "read it with computations_from_reply"
+        )
+    return found[0].trace
+
+
+def computations_from_reply(
     reply: Mapping[str, Any],
     prompt_ids: Sequence[int],
     *,
     place: str = "reply",
     facts: ModelFacts | None = None,
     start: int = 0,
-    missing: Literal["raise", "keep"] = "raise",
-) -> RoutingTrace:
-    """Read the routes of one reply of a server with `routed_experts_format="safetensors"`.
+    missing: Policy = "raise",
+    aborted: Policy = "raise",
+) -> list[Computation]:
+    """Read what was computed for one reply: once, or again each time that the request was retracted.
 
     reply: what Engine.generate or POST /generate returned for one request.
     place: names the request in errors.
     facts: the model that the trainer has; None to believe the reply.
-    start: the request's routed_experts_start_len; the trace then holds the tokens from there on.
+    start: the request's routed_experts_start_len; the traces then hold the tokens from there on.
     missing: whether a token that was fed forward and has no route is an error, or stays as one that was not captured.
+    aborted: whether a request that was aborted is an error, or gives the routes of what it computed until then.
+
+    Returns the computations in order; each one's tokens are the front of the next one's, the last has all.
 
     Raises:
         CaptureError: No routes, or routes of other tokens or of another model.
         TraceError: The payload is malformed.
     """
-    check_finished(reply, place)
+    check_finished(reply, place, aborted=aborted)
     output_ids = reply.get("output_ids")
     if output_ids is None:
         raise CaptureError(f"{place}: no output_ids in the reply")
@@ -47,17 +72,21 @@ def trace_from_reply(
             f"{place}: payload of {len(payload)} bytes is not safetensors; "
             "start SGLang, patched, with --routed-experts-format safetensors"
         )
-    trace = RoutingTrace.from_bytes(payload, place=place)
-    _check_tokens(trace, [*prompt_ids, *output_ids][start:], start, place)
-    if facts is not None:
-        _check_model(trace, facts, place)
-    # The last token was sampled and never fed forward.
-    lost = np.flatnonzero(trace.version_ids[:-1] == NOT_CAPTURED)
-    if missing == "raise" and len(lost):
-        raise CaptureError(
-            f"{place}: token {start + lost[0]} has no route, nor have {len(lost) - 1} others of {trace.num_tokens}"
-        )
-    return trace
+    found = read_computations(payload, place=place)
+    token_ids = [*prompt_ids, *output_ids]
+    _check_order(found, len(prompt_ids), len(token_ids), start, place)
+    for computation in found:
+        trace = computation.trace
+        _check_tokens(trace, token_ids[start : computation.stop], start, place)
+        if facts is not None:
+            _check_model(trace, facts, place)
+        # The last token was sampled and never fed forward.
+        lost = np.flatnonzero(trace.version_ids[:-1] == NOT_CAPTURED)
+        if missing == "raise" and len(lost):
+            raise CaptureError(
+                f"{place}: token {start + lost[0]} has no route, nor have {len(lost) - 1} others of {trace.num_tokens}"
+            )
+    return found
 
 
 def trace_from_native_reply(
@@ -146,8 +175,8 @@ def payload_of(reply: Mapping[str, Any], place: str) -> bytes:
     return payload if isinstance(payload, bytes) else _from_base64(payload, place)
 
 
-def check_finished(reply: Mapping[str, Any], place: str) -> None:
-    """Refuse an error in place of a reply, and a request that was aborted.
+def check_finished(reply: Mapping[str, Any], place: str, *, aborted: Policy = "raise") -> None:
+    """Refuse an error in place of a reply, and, unless asked to keep it, a request that was aborted.
 
     Raises:
         CaptureError: It is one of these.
@@ -155,8 +184,23 @@ def check_finished(reply: Mapping[str, Any], place: str) -> None:
     if "meta_info" not in reply:
         raise CaptureError(f"{place}: not a reply: {str(dict(reply))[:500]}")
     reason = reply["meta_info"].get("finish_reason")
-    if not reason or reason.get("type") == "abort":
+    if not reason or (aborted == "raise" and reason.get("type") == "abort"):
         raise CaptureError(f"{place}: finish_reason {reason} != stop or length")
+
+
+def logprobs_of(reply: Mapping[str, Any], place: str) -> npt.NDArray[np.float32]:
+    """Return [R] float32, the log-probability of each output token.
+
+    Raises:
+        CaptureError: There are none, or they are of other tokens.
+    """
+    check_finished(reply, place)
+    pairs = reply["meta_info"].get("output_token_logprobs")
+    if pairs is None:
+        raise CaptureError(f"{place}: no output_token_logprobs in meta_info; ask with return_logprob")
+    if [pair[1] for pair in pairs] != list(reply["output_ids"]):
+        raise CaptureError(f"{place}: log-probabilities of {len(pairs)} tokens are not of the output_ids")
+    return np.array([pair[0] for pair in pairs], np.float32)
 
 
 def _from_base64(text: str, place: str) -> bytes:
@@ -164,6 +208,25 @@ def _from_base64(text: str, place: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise CaptureError(f"{place}: routed_experts is not base64: {error}") from error
+
+
+def _check_order(found: Sequence[Computation], num_prompt_tokens: int, num_tokens: int, start: int, place: str) -> None:
+    """Check that the computations start where they should, and took turns in sampling the output."""
+    sampled, starts = num_prompt_tokens, {computation.start for computation in found}
+    if starts != {min(start, num_tokens - 1)}:
+        raise CaptureError(f"{place}: routes from token {sorted(starts)} != {start}, where they were asked to start")
+    for index, computation in enumerate(found):
+        if index and computation.sampled_start != sampled:
+            raise CaptureError(
+                f"{place}: computation {index} sampled from token {computation.sampled_start} != {sampled} on"
+            )
+        if index < len(found) - 1 and not sampled < computation.stop <= num_tokens:
+            raise CaptureError(
+                f"{place}: computation {index} ends at token {computation.stop} outside {sampled + 1} to {num_tokens}"
+            )
+        sampled = computation.stop
+    if sampled != num_tokens:
+        raise CaptureError(f"{place}: routes of {sampled - start} tokens != {num_tokens - start} tokens of the sample")
 
 
 def _check_tokens(trace: RoutingTrace, token_ids: Sequence[int], start: int, place: str) -> None:

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from r3_adapter.errors import CaptureError, R3Error
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
-from r3_adapter.sglang.capture import check_finished, payload_of, trace_from_native_reply, trace_from_reply
+from r3_adapter.sglang.capture import (
+    computations_from_reply,
+    logprobs_of,
+    payload_of,
+    trace_from_native_reply,
+)
 from r3_adapter.sglang.cpu import cpu_environment, enable_cpu, has_gpu
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import VARIABLE
@@ -30,6 +33,7 @@ from r3_adapter.sglang.settings import EngineSettings
 
 Prompts = Sequence[Sequence[int]]
 SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Recomputed = Literal["raise", "split"]
 Progress = Callable[[int, int], None]
 """Called with the samples that are done and the number of all."""
 
@@ -70,28 +74,35 @@ class Engine:
         prompts: Prompts,
         sampling_params: SamplingParams,
         *,
+        routes: bool = True,
+        start: int = 0,
         batch_size: int = 16,
         progress: Progress = lambda done, total: None,
     ) -> list[dict[str, Any]]:
         """Generate, and return what SGLang says for each prompt.
 
         sampling_params: SGLang's, for all prompts or one for each.
+        routes: ask for the routes.
+        start: of the tokens from this position on.
         """
         replies: list[dict[str, Any]] = []
-        for start in range(0, len(prompts), batch_size):
-            batch = slice(start, start + batch_size)
+        for first in range(0, len(prompts), batch_size):
+            batch = slice(first, first + batch_size)
             params = sampling_params if isinstance(sampling_params, Mapping) else list(sampling_params)[batch]
             replies += self._engine.generate(
                 input_ids=[list(prompt) for prompt in prompts[batch]],
                 sampling_params=params,
                 return_logprob=True,
-                return_routed_experts=True,
+                return_routed_experts=routes,
+                routed_experts_start_len=start,
             )
             progress(len(replies), len(prompts))
         return replies
 
-    def generate(self, prompts: Prompts, sampling_params: SamplingParams, **options: Any) -> list[Sample]:
-        """Generate, and return a sample for each prompt; the options are those of `replies`.
+    def generate(
+        self, prompts: Prompts, sampling_params: SamplingParams, *, recomputed: Recomputed = "raise", **options: Any
+    ) -> list[Sample]:
+        """Generate, and return a sample for each prompt; the options are those of `replies`, recomputed of samples_of.
 
         Raises:
             CaptureError: A reply without routes, or with those of other tokens or of another model.
@@ -99,7 +110,7 @@ class Engine:
         """
         replies = self.replies(prompts, sampling_params, **options)
         native = self.settings.routed_experts_format == "flat"
-        return samples_of(replies, prompts, self.facts, native=native)
+        return samples_of(replies, prompts, self.facts, native=native, recomputed=recomputed)
 
 
 def samples_of(
@@ -109,10 +120,14 @@ def samples_of(
     *,
     native: bool = False,
     place: str = "request",
+    recomputed: Recomputed = "raise",
 ) -> list[Sample]:
     """Make samples of replies, in the order of their prompts.
 
     native: the routes are in SGLang's own form.
+    recomputed: what a request becomes that was retracted, so that its later tokens were sampled under other routes
+        than its earlier ones. "raise": an error. "split": a sample for each of its computations, one after the other;
+        the prompt of a later one is all that was sampled before it.
 
     Raises:
         CaptureError: Another number of replies than of prompts, or one that does not belong to its prompt.
@@ -123,12 +138,18 @@ def samples_of(
     samples = []
     for index, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
         where = f"{place} {index}"
+        size, logprobs = len(payload_of(reply, where)), logprobs_of(reply, where)
         if native:
             trace = trace_from_native_reply(reply, prompt, facts, place=where)
-        else:
-            trace = trace_from_reply(reply, prompt, facts=facts, place=where)
-        size = len(payload_of(reply, where))
-        samples.append(Sample(trace, len(prompt), _logprobs(reply, where), size))
+            samples.append(Sample(trace, len(prompt), logprobs, size))
+            continue
+        found = computations_from_reply(reply, prompt, facts=facts, place=where)
+        if recomputed == "raise" and len(found) > 1:
+            raise CaptureError(f"{where}: computed {len(found)} times, since it was retracted; read it as 'split'")
+        for computation in found:
+            start = computation.sampled_start or len(prompt)
+            part = logprobs[start - len(prompt) : computation.stop - len(prompt)]
+            samples.append(Sample(computation.trace, start, part, size if computation is found[0] else 0))
     return samples
 
 
@@ -142,11 +163,18 @@ def rollout_in_subprocess(
     prompts: Prompts,
     sampling_params: SamplingParams,
     *,
+    recomputed: Recomputed = "raise",
+    batch_size: int = 16,
+    follow_ups: Sequence[Prompts] = (),
     timeout: float = 600,
     progress: Progress = lambda done, total: None,
 ) -> list[Sample]:
     """Generate in a process of its own, which ends with the call; return a sample for each prompt.
 
+    recomputed: as in samples_of, which with "split" returns more samples than prompts.
+    follow_ups: for each prompt, what is said after each of its turns; then there is a sample for each turn, and the
+        conversations run one after the other.
+    batch_size: prompts that are given to the engine at once.
     timeout: seconds for start and generation together.
     progress: called several times a second with the samples that are done and the number of all.
 
@@ -155,7 +183,9 @@ def rollout_in_subprocess(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        request = {"settings": settings.to_json(), **_for_json(prompts, sampling_params)}
+        request = {"settings": settings.to_json(), "recomputed": recomputed, "batch_size": batch_size}
+        request["follow_ups"] = [[list(turn) for turn in turns] for turns in follow_ups]
+        request |= _for_json(prompts, sampling_params)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "r3_adapter.sglang.worker", f"{folder}/request.json", f"{folder}/samples"]
         bar = folder / "samples.progress"
@@ -178,11 +208,13 @@ def generate_over_http(
     facts: ModelFacts,
     *,
     native: bool = False,
+    recomputed: Recomputed = "raise",
     timeout: float = 600,
 ) -> list[Sample]:
     """Generate at a running server (one POST to /generate for all prompts); return a sample for each prompt.
 
     url: as in "http://127.0.0.1:30000".
+    recomputed: as in samples_of.
 
     Raises:
         CaptureError: The server refuses or cannot be reached, or a reply cannot be used.
@@ -198,22 +230,12 @@ def generate_over_http(
         raise CaptureError(f"{url}: {error}: {error.read()[:500].decode(errors='replace')}") from error
     except (OSError, ValueError) as error:
         raise CaptureError(f"{url}: {error}") from error
-    return samples_of(replies, prompts, facts, native=native, place=f"{url} request")
+    return samples_of(replies, prompts, facts, native=native, place=f"{url} request", recomputed=recomputed)
 
 
 def _for_json(prompts: Prompts, sampling_params: SamplingParams) -> dict[str, Any]:
     params = sampling_params if isinstance(sampling_params, Mapping) else list(sampling_params)
     return {"input_ids": [list(prompt) for prompt in prompts], "sampling_params": params}
-
-
-def _logprobs(reply: Mapping[str, Any], place: str) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
-    check_finished(reply, place)
-    pairs = reply["meta_info"].get("output_token_logprobs")
-    if pairs is None:
-        raise CaptureError(f"{place}: no output_token_logprobs in meta_info; ask with return_logprob")
-    if [pair[1] for pair in pairs] != list(reply["output_ids"]):
-        raise CaptureError(f"{place}: log-probabilities of {len(pairs)} tokens are not of the output_ids")
-    return np.array([pair[0] for pair in pairs], np.float32)
 
 
 @contextmanager

@@ -4,9 +4,11 @@ REQUEST.json: {"settings": of EngineSettings.to_json, "input_ids": [[token id]],
 FOLDER: gets the samples, as r3_adapter.rollout.save_samples writes them.
 FOLDER.progress: one byte for each sample that is done.
 In the request, "replies": true lets FOLDER.replies.json get what SGLang said, and FOLDER nothing; "batch_size" is
-that of Engine.replies.
+that of Engine.replies, "recomputed" that of samples_of. "follow_ups", a list of turns for each prompt, makes
+conversations of the prompts, with the same sampling_params for all.
 """
 
+import base64
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from r3_adapter.errors import R3Error
 from r3_adapter.rollout import save_samples
+from r3_adapter.sglang.conversation import converse
 from r3_adapter.sglang.engine import Engine, samples_of
 from r3_adapter.sglang.settings import EngineSettings
 
@@ -30,12 +33,19 @@ def main(argv: Sequence[str]) -> int:
         bar.write_bytes(b"." * done)
 
     with Engine(settings) as engine:
+        if request.get("follow_ups"):
+            turns = zip(prompts, request["follow_ups"], strict=True)
+            found = [converse(engine, prompt, request["sampling_params"], then) for prompt, then in turns]
+            save_samples(folder, [sample for samples in found for sample in samples])
+            return 0
         replies = engine.replies(prompts, request["sampling_params"], progress=progress, **options)
         if request.get("replies"):
-            Path(f"{folder}.replies.json").write_text(json.dumps(replies), encoding="utf-8")
+            text = json.dumps(replies, default=lambda payload: base64.b64encode(payload).decode())
+            Path(f"{folder}.replies.json").write_text(text, encoding="utf-8")
             return 0
         native = settings.routed_experts_format == "flat"
-        samples = samples_of(replies, prompts, engine.facts, native=native)
+        recomputed = request.get("recomputed", "raise")
+        samples = samples_of(replies, prompts, engine.facts, native=native, recomputed=recomputed)
     save_samples(folder, samples)
     return 0
 

@@ -15,7 +15,7 @@ from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.metrics import gap
-from r3_adapter.prove import INJECTIONS, damage, judge
+from r3_adapter.prove import INJECTIONS, Scene, damage, judge, perturbed_rollout
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
@@ -69,6 +69,17 @@ def test_replay_is_exact_in_each_layout(
     assert judge(perturbed, scores, layout, options).failures == []
     # float32 sums in another order; a gradient that misses a rank's part is off by percents.
     assert scores["train"].grad_norm == pytest.approx(world_1_grad_norm, rel=1e-5)
+
+
+SCENES = [Scene(group=8), Scene(turns=3), Scene(retract=True)]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=str)
+def test_replay_is_exact_where_the_engine_computes_tokens_twice(checkpoint: Path, scene: Scene) -> None:
+    samples = perturbed_rollout(checkpoint, seed=1, num_samples=18 if scene.turns > 1 else 16, scene=scene)
+    options = TrainerOptions(micro_batch_size=1)
+    scores = score(checkpoint, samples, ParallelLayout(), options, passes=PASSES)
+    assert judge(samples, scores, ParallelLayout(), options).failures == []
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)

@@ -121,14 +121,6 @@ def test_a_token_without_a_route_is_refused_unless_asked_for() -> None:
     assert trace_from_reply(reply, PROMPT, missing="keep") == trace
 
 
-def test_routes_from_a_later_start() -> None:
-    full = _trace()
-    trace = _trace(topk_ids=full.topk_ids[2:], token_ids=full.token_ids[2:], version_ids=full.version_ids[2:].copy())
-    assert trace_from_reply(_reply(trace.to_bytes()), PROMPT, start=2) == trace
-    with pytest.raises(CaptureError, match="routes of 3 tokens != 4"):
-        trace_from_reply(_reply(trace.to_bytes()), PROMPT, start=1)
-
-
 def test_log_probabilities_of_other_tokens_are_refused() -> None:
     reply = _reply(_trace().to_bytes(), output_token_logprobs=[[-0.5, 21, None], [-0.5, 23, None]])
     with pytest.raises(CaptureError, match="request 0: log-probabilities of 2 tokens are not of the output_ids"):

@@ -1,0 +1,142 @@
+"""What an engine computed in one go, as its payload says it; segments of a conversation joined to one.
+
+A token's log-probability belongs to one computation of the tokens before it. A request that is retracted, or paused
+that way, computes its tokens again: then its payload is one computation after the other.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from r3_adapter.errors import CaptureError, TraceError
+from r3_adapter.trace import RoutingTrace
+
+
+@dataclass(frozen=True, eq=False)
+class Computation:
+    """The routes of tokens that were computed upon each other, and what this computation sampled.
+
+    trace: of the tokens from `start` on.
+    start: position of the first token.
+    sampled_start: position of the first token that this computation sampled, where an earlier one sampled some; None
+        where that is the first output token.
+    previous_row: the engine's name for the computation of the token before `start`; None if that is 0, or not known.
+    last_row: the same of the last token that was fed forward.
+    """
+
+    trace: RoutingTrace
+    start: int = 0
+    sampled_start: int | None = None
+    previous_row: str | None = None
+    last_row: str | None = None
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + self.trace.num_tokens
+
+
+def read_computations(payload: bytes, *, place: str = "payload") -> list[Computation]:
+    """Read a payload of format safetensors; one computation, or more if the request was retracted.
+
+    Raises:
+        TraceError: It is malformed.
+
+    Source: patches/sglang: srt/state_capturer/routed_experts_safetensors.py
+    """
+    buffer, at, found = memoryview(payload), 0, list[Computation]()
+    while at < len(buffer) or not found:
+        where = f"{place}, computation {len(found)}" if found else place
+        size, metadata = _measure(buffer[at:], where)
+        trace = RoutingTrace.from_bytes(buffer[at : at + size], place=where)
+        found.append(
+            Computation(
+                trace,
+                start=_position(metadata, "start", where) or 0,
+                sampled_start=_position(metadata, "sampled_start", where),
+                previous_row=metadata.get("previous_row"),
+                last_row=metadata.get("last_row"),
+            )
+        )
+        at += size
+    return found
+
+
+def join_turns(first: Computation, second: Computation, *, place: str = "turn") -> Computation:
+    """Join a turn's routes, asked for from `routed_experts_start_len` on, to those of the turns before it.
+
+    first: ends with the token that its turn sampled last, which was not fed forward and so has no route.
+    second: starts with that token, at `first.stop - 1`.
+
+    Raises:
+        CaptureError: The second does not continue the first: other tokens, another model, or computed upon other rows
+            than the first's (they were evicted or belong to another engine). Ask again from start 0.
+    """
+    one, other = first.trace, second.trace
+    if second.start != first.stop - 1:
+        raise CaptureError(f"{place}: starts at token {second.start} != {first.stop - 1}, the first without a route")
+    if one.token_ids[-1] != other.token_ids[0]:
+        raise CaptureError(
+            f"{place}: token id {other.token_ids[0]} at token {second.start} != {one.token_ids[-1]} of the turn before"
+        )
+    if first.last_row is None or second.previous_row != first.last_row:
+        raise CaptureError(
+            f"{place}: computed upon row {second.previous_row} != {first.last_row}, the last of the turn before"
+        )
+    for name, have, want in (
+        ("num_experts", other.num_experts, one.num_experts),
+        ("topk", other.topk, one.topk),
+        ("layer_ids", other.layer_ids.tolist(), one.layer_ids.tolist()),
+    ):
+        if have != want:
+            raise CaptureError(f"{place}: routes of {name} {have} != {want} of the turn before")
+    return Computation(
+        _concatenate(one, other),
+        first.start,
+        second.sampled_start,
+        first.previous_row,
+        second.last_row,
+    )
+
+
+def _concatenate(one: RoutingTrace, other: RoutingTrace) -> RoutingTrace:
+    """Return the rows of both; the last of the first is also the second's."""
+    names = list(dict.fromkeys([*one.weight_versions, *other.weight_versions]))
+    # Index -1, "not captured", stays: it picks the last entry.
+    index = np.array([*(names.index(name) for name in other.weight_versions), -1], np.int32)
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "topk_ids": np.concatenate([one.topk_ids[:-1], other.topk_ids]),
+        "token_ids": np.concatenate([one.token_ids[:-1], other.token_ids]),
+        "version_ids": np.concatenate([one.version_ids[:-1], index[other.version_ids]]),
+    }
+    for array in arrays.values():
+        array.flags.writeable = False
+    return RoutingTrace(**arrays, layer_ids=one.layer_ids, num_experts=one.num_experts, weight_versions=tuple(names))
+
+
+def _measure(buffer: memoryview, place: str) -> tuple[int, Mapping[str, str]]:
+    """Return the size of the safetensors at the front, and its metadata; RoutingTrace checks the rest."""
+    try:
+        (size,) = struct.unpack_from("<Q", buffer)
+        header = json.loads(bytes(buffer[8 : 8 + size]))
+        metadata = dict(header.pop("__metadata__"))
+        end = 8 + size + max(entry["data_offsets"][1] for entry in header.values())
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise TraceError(f"{place}: {len(buffer)} bytes have no header that can be read: {error!r}") from error
+    if type(end) is not int or not 8 + size <= end <= len(buffer):
+        raise TraceError(f"{place}: tensors end at byte {end} of {len(buffer)}")
+    return end, metadata
+
+
+def _position(metadata: Mapping[str, str], name: str, place: str) -> int | None:
+    text = metadata.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise TraceError(f"{place}: {name} {text!r} is not a position")
+    return int(text)

@@ -1,0 +1,67 @@
+"""Two tensor-parallel ranks: the routes are right, and one rank alone keeps them."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r3_adapter import patching
+from r3_adapter.rollout import load_samples
+from r3_adapter.series import load_series
+from r3_adapter.sglang.cpu import cpu_environment, has_gpu
+from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import TinyModel, write_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+SHAPE = TinyModel(num_layers=2, num_experts=8, topk=2)
+PARAMS = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+ALLOCATED = "HostCache[routed_experts] allocated"
+TIMEOUT = 300
+
+
+def _is_patched() -> bool:
+    try:
+        version = distribution("sglang").version
+    except PackageNotFoundError:
+        return False
+    known = version in [series.version for series in load_series().get("sglang", ())]
+    return known and all(found.state is patching.State.APPLIED for found in patching.status(["sglang"]))
+
+
+if not _is_patched():
+    pytest.skip("sglang is not installed with its patches", allow_module_level=True)
+if (os.cpu_count() or 1) < 2 or has_gpu():
+    pytest.skip("needs two cores, one a rank", allow_module_level=True)
+
+
+def test_one_rank_keeps_the_rows_of_both(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype="float32", seed=0, shape=SHAPE)
+    prompts = np.random.default_rng(0).integers(3, SHAPE.vocab_size, (2, 6)).tolist()
+    samples = {}
+    for tp_size, cores in ((1, "0"), (2, "0|1")):
+        settings = EngineSettings(str(tmp_path / "model"), dtype="float32", tp_size=tp_size, log_level="info")
+        request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": PARAMS}
+        (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        out = tmp_path / f"tp{tp_size}"
+        done = subprocess.run(
+            [sys.executable, "-m", "r3_adapter.sglang.worker", str(tmp_path / "request.json"), str(out)],
+            env={**os.environ, **cpu_environment(), "SGLANG_CPU_OMP_THREADS_BIND": cores},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert (done.stdout + done.stderr).count(ALLOCATED) == 1
+        samples[tp_size] = load_samples(out)
+    for one, two in zip(samples[1], samples[2], strict=True):
+        # The ranks' sums are in another order: the bits of the log-probabilities differ, the routes do not.
+        assert two.trace == one.trace
+        assert two.trace.captured[:-1].all()
+        np.testing.assert_allclose(two.logprobs, one.logprobs, atol=1e-4, rtol=0)
