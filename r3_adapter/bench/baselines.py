@@ -70,18 +70,20 @@ def torch_indexing(
 
 def copy_memory(source: npt.NDArray[Any], to: npt.NDArray[np.uint8], num_bytes: int, num_threads: int = 1) -> None:
     """Copy bytes with the C library's memmove, over and over from an array until all are copied."""
-    pieces = []
+    shares = []
     for begin, end in pairwise(num_bytes * thread // num_threads for thread in range(num_threads + 1)):
+        pieces = []
         while begin < end:
             place = begin % source.nbytes
             size = min(source.nbytes - place, end - begin)
             pieces.append((to.ctypes.data + begin, source.ctypes.data + place, size))
             begin += size  # noqa: PLW2901
+        shares.append(pieces)
     if num_threads == 1:
-        _move(pieces)
+        _move(shares[0])
         return
     with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(_move, [pieces[thread::num_threads] for thread in range(num_threads)]))
+        list(pool.map(_move, shares))
 
 
 def _move(pieces: list[tuple[int, int, int]]) -> None:

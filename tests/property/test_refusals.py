@@ -175,6 +175,9 @@ def frozen(array):
         ("segments", np.zeros((1, 4), dtype=np.int64), "length 4 != 5 of sample, pos, length, row, stride"),
         ("segments", np.zeros((1, 5), dtype=np.int32), "segments: dtype int32 != int64"),
         ("segments", np.array([[0, 0, 2, 0, 1]], dtype=">i8"), "segments: dtype >i8 != int64"),
+        # As many tokens as rows, but one row twice and one not at all.
+        ("segments", np.array([[0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]), "local row 0 is covered twice, .* by segment 1"),
+        ("segments", np.array([[0, 0, 1, 1, 1]]), "local row 0 of 2 is covered by no segment"),
         ("layer_indices", np.zeros(2, dtype=np.int64), "out: length 1 != 2 of layer_indices"),
         ("layer_indices", np.ones(1, dtype=np.int64), r"layer index \(1\) outside the 1 layers"),
         ("out", np.empty((1, 2, 1), dtype=np.float32), "out: dtype float32 is none of"),

@@ -115,10 +115,12 @@ Pack<Id, Out> find_pack(std::size_t topk, bool stream, void const* to) {
 
 // How many rows to pack before going to the next layer: enough to write some whole lines, and few enough for the rows
 // to be in the cache until the last layer is packed.
+inline constexpr std::size_t kMostRowsOfBlock = 64;
+
 template <class Out>
 std::size_t block_rows(std::size_t topk) {
-  std::size_t const rows = 8 * kLine / (topk * sizeof(Out));
-  return rows >= 64 ? 64 : rows >= 32 ? 32 : rows >= 16 ? 16 : 8;
+  std::size_t const rows = 16 * kLine / (topk * sizeof(Out));
+  return rows >= 64 ? kMostRowsOfBlock : rows >= 32 ? 32 : rows >= 16 ? 16 : 8;
 }
 
 }  // namespace r3

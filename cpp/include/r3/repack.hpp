@@ -75,7 +75,6 @@ class RowCopier {
 
  private:
   static constexpr std::size_t kRowsAhead = 64;
-  static constexpr std::size_t kMostRows = 64;  // of a block
 
   Out* row_of(std::size_t m, std::size_t row) const { return job_.out + (m * job_.num_rows + row) * job_.topk; }
 
@@ -83,7 +82,7 @@ class RowCopier {
                   std::vector<Out>& stage, std::int64_t* counts) const {
     std::size_t const count = end - begin;
     auto const versions = std::span(job_.row_versions + first + begin, count);
-    std::array<Id const*, kMostRows> replaced;
+    std::array<Id const*, kMostRowsOfBlock> replaced;
     Id const* const* from = &sources[begin];
     bool const mixed = has_row_without_route(versions);
     if (mixed) {
@@ -126,7 +125,7 @@ class RowCopier {
   // Puts a row that has a route in the place of each that has none, so that all can be packed alike; returns null if
   // there is no such row.
   static Id const* const* replace_rows(std::span<Id const* const> sources, std::span<std::int32_t const> versions,
-                                       std::array<Id const*, kMostRows>& replaced) {
+                                       std::array<Id const*, kMostRowsOfBlock>& replaced) {
     auto const good = std::ranges::find_if(versions, [](std::int32_t version) { return version >= 0; });
     if (good == versions.end()) {
       return nullptr;
