@@ -1,0 +1,84 @@
+"""Command-line flags, in Megatron's style: each is defined here and nowhere else.
+
+`add_r3_arguments` can be Megatron's extra_args_provider. The others are for launchers that do not go through
+megatron.training, whose own parser has the layout flags; the names are the same.
+"""
+
+import argparse
+
+from r3_adapter.layout import ParallelLayout
+
+Parser = argparse.ArgumentParser
+
+
+def add_r3_arguments(parser: Parser) -> Parser:
+    """Add the flags of routing replay; return the parser."""
+    group = parser.add_argument_group("r3", "Rollout Routing Replay")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--r3", action="store_true", help="replay the experts that the rollout used")
+    which.add_argument("--r2", action="store_true", help="replay those of the trainer's own pass for old log-probs")
+    group.add_argument(
+        "--r3-staleness",
+        choices=("refuse", "live", "keep"),
+        default="refuse",
+        help="rows that other weights computed: stop the step, route them live, or replay them all the same",
+    )
+    return parser
+
+
+def add_layout_arguments(parser: Parser) -> Parser:
+    """Add Megatron's flags of the parallel layout; return the parser."""
+    group = parser.add_argument_group("layout", "of the trainer; names and meaning are Megatron's")
+    for name in ("tensor-model-parallel", "pipeline-model-parallel", "context-parallel", "expert-model-parallel"):
+        group.add_argument(f"--{name}-size", type=int, default=1, metavar="N")
+    group.add_argument("--expert-tensor-parallel-size", type=int, metavar="N", help="default: as tensor")
+    group.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
+    group.add_argument("--data-parallel-size", type=int, metavar="N", help="default: the smallest that fits")
+    group.add_argument("--recompute-granularity", choices=("full", "selective"), help="selective: of the MoE layers")
+    group.add_argument("--use-distributed-optimizer", action="store_true")
+    group.add_argument("--micro-batch-size", type=int, default=4, metavar="N")
+    group.add_argument("--qkv-format", choices=("sbhd", "thd"), default="thd", help="padded batches, or packed")
+    return parser
+
+
+def layout_of(args: argparse.Namespace) -> ParallelLayout:
+    """Return the layout that the flags of add_layout_arguments say.
+
+    Raises:
+        LayoutError: sizes that do not fit together.
+    """
+    sizes = {
+        "tp": args.tensor_model_parallel_size,
+        "pp": args.pipeline_model_parallel_size,
+        "vpp": args.num_virtual_stages_per_pipeline_rank,
+        "cp": args.context_parallel_size,
+        "ep": args.expert_model_parallel_size,
+        "etp": args.expert_tensor_parallel_size,
+        "dp": args.data_parallel_size,
+    }
+    return ParallelLayout.smallest(**{name: size for name, size in sizes.items() if size is not None})
+
+
+def add_rl_arguments(parser: Parser) -> Parser:
+    """Add the flags of the rollouts and of the policy's loss; return the parser."""
+    group = parser.add_argument_group("rollout")
+    group.add_argument("--rollout-num-engines", type=int, default=1, metavar="N")
+    group.add_argument("--rollout-tp-size", type=int, default=1, metavar="N", help="tensor parallel size of an engine")
+    group.add_argument("--rollout-batch-size", type=int, default=16, metavar="N", help="prompts of a step")
+    group.add_argument("--n-samples-per-prompt", type=int, default=8, metavar="N")
+    group.add_argument("--rollout-max-response-len", type=int, default=32, metavar="N", help="tokens of a turn")
+    group.add_argument("--rollout-temperature", type=float, default=1.0)
+    group.add_argument("--rollout-lag", type=int, default=0, metavar="N", help="steps that rollouts are ahead")
+    group = parser.add_argument_group("policy")
+    group.add_argument("--advantage-estimator", choices=("grpo", "gspo"), default="grpo")
+    group.add_argument("--use-tis", action="store_true", help="weigh tokens by trainer / rollout, truncated")
+    group.add_argument("--tis-clip", type=float, default=2.0)
+    group.add_argument("--eps-clip", type=float, help="default: 0.2; gspo 3e-4")
+    group.add_argument("--eps-clip-high", type=float, help="default: as --eps-clip")
+    group.add_argument("--kl-loss-coef", type=float, default=0.0, help="of the KL to the reference model")
+    group.add_argument("--num-steps-per-rollout", type=int, default=1, metavar="N", help="optimizer steps on a batch")
+    group.add_argument("--num-rollout", type=int, default=100, metavar="N", help="steps of the run")
+    group.add_argument("--lr", type=float, default=1e-4)
+    group.add_argument("--clip-grad", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=0)
+    return parser
