@@ -1,7 +1,7 @@
-"""Give a Megatron model the weights of a Hugging Face checkpoint: a table of names, and how ranks cut each tensor."""
+"""Between a Megatron model and a Hugging Face checkpoint: a table of names, and how ranks cut each tensor."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,40 +14,79 @@ from r3_adapter.megatron.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank needs to know to cut a tensor: its number among those that share it, and the attention's groups."""
+    """What a rank needs to know to cut a tensor: its number among those that share it, and the attention's shape."""
 
     part: int
     parts: int
     num_groups: int
+    head_dim: int
 
 
-Cut = Callable[[Checkpoint, tuple[str, ...], Place], torch.Tensor]
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter is made of a checkpoint's tensors, and the way back.
+
+    take: reads this rank's part of the named tensors.
+    join: makes the tensors, in the order of their names, of all ranks' parts and the number of tensors.
+    shared: whether ranks have different parts.
+    """
+
+    take: Callable[[Checkpoint, tuple[str, ...], Place], torch.Tensor]
+    join: Callable[[Sequence[torch.Tensor], int, Place], list[torch.Tensor]]
+    shared: bool = True
 
 
-def _whole(checkpoint: Checkpoint, names: tuple[str, ...], _: Place) -> torch.Tensor:
+def _take_whole(checkpoint: Checkpoint, names: tuple[str, ...], _: Place) -> torch.Tensor:
     (name,) = names
     return checkpoint.read(name)
 
 
-def _rows(checkpoint: Checkpoint, names: tuple[str, ...], place: Place) -> torch.Tensor:
-    """Cut each source along its outputs, then stack: column parallel; SwiGLU's gate and up lie in one tensor."""
+def _join_whole(parts: Sequence[torch.Tensor], _: int, __: Place) -> list[torch.Tensor]:
+    return [parts[0]]
+
+
+def _take_rows(checkpoint: Checkpoint, names: tuple[str, ...], place: Place) -> torch.Tensor:
     return torch.cat([checkpoint.read(name, part=place.part, parts=place.parts) for name in names])
 
 
-def _columns(checkpoint: Checkpoint, names: tuple[str, ...], place: Place) -> torch.Tensor:
-    """Cut along the inputs: row parallel."""
+def _join_rows(parts: Sequence[torch.Tensor], num_tensors: int, _: Place) -> list[torch.Tensor]:
+    pieces = [part.chunk(num_tensors) for part in parts]
+    return [torch.cat(tensor) for tensor in zip(*pieces, strict=True)]
+
+
+def _take_columns(checkpoint: Checkpoint, names: tuple[str, ...], place: Place) -> torch.Tensor:
     (name,) = names
     return checkpoint.read(name, dim=1, part=place.part, parts=place.parts)
 
 
-def _groups(checkpoint: Checkpoint, names: tuple[str, ...], place: Place) -> torch.Tensor:
-    """Interleave q, k and v by query group, as Megatron's fused projection has them; ranks share the groups out."""
+def _join_columns(parts: Sequence[torch.Tensor], _: int, __: Place) -> list[torch.Tensor]:
+    return [torch.cat(list(parts), dim=1)]
+
+
+def _take_groups(checkpoint: Checkpoint, names: tuple[str, ...], place: Place) -> torch.Tensor:
     if place.num_groups % place.parts:
         raise ReplayError(f"{names[0]}: {place.num_groups} query groups are not a multiple of tp ({place.parts})")
     parts = [checkpoint.read(name, part=place.part, parts=place.parts) for name in names]
     groups = place.num_groups // place.parts
     shaped = [part.reshape(groups, part.shape[0] // groups, *part.shape[1:]) for part in parts]
     return torch.cat(shaped, dim=1).flatten(0, 1)
+
+
+def _join_groups(parts: Sequence[torch.Tensor], _: int, place: Place) -> list[torch.Tensor]:
+    fused = torch.cat(list(parts))
+    shaped = fused.reshape(place.num_groups, -1, *fused.shape[1:])
+    num_query_rows = shaped.shape[1] - 2 * place.head_dim
+    pieces = torch.split(shaped, [num_query_rows, place.head_dim, place.head_dim], dim=1)
+    return [piece.flatten(0, 1) for piece in pieces]
+
+
+WHOLE = Cut(_take_whole, _join_whole, shared=False)
+ROWS = Cut(_take_rows, _join_rows)
+"""Along the outputs, column parallel; several tensors are stacked: SwiGLU's gate and up lie in one parameter."""
+COLUMNS = Cut(_take_columns, _join_columns)
+"""Along the inputs, row parallel."""
+GROUPS = Cut(_take_groups, _join_groups)
+"""q, k and v interleaved by query group, as in Megatron's fused projection; ranks share the groups out."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +104,7 @@ class Rule:
 _HERE, _THERE = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
-def _layer(parameter: str, *sources: str, cut: Cut = _whole) -> Rule:
+def _layer(parameter: str, *sources: str, cut: Cut = WHOLE) -> Rule:
     return Rule(_HERE + parameter, tuple(_THERE + source for source in sources), cut)
 
 
@@ -73,35 +112,33 @@ _EXPERT = "mlp.experts.{expert}."
 
 # Where the layer spec is TransformerEngine's, norms are fused into the projection behind them and experts are grouped.
 QWEN3_MOE: tuple[Rule, ...] = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _rows),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), _whole),
-    Rule("output_layer.weight", ("lm_head.weight",), _rows),
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ROWS),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE),
+    Rule("output_layer.weight", ("lm_head.weight",), ROWS),
     _layer("input_layernorm.weight", "input_layernorm.weight"),
     _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
     _layer(
         "self_attention.linear_qkv.weight",
         *(f"self_attn.{name}_proj.weight" for name in "qkv"),
-        cut=_groups,
+        cut=GROUPS,
     ),
     _layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
     _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
-    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", cut=_columns),
+    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", cut=COLUMNS),
     _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
     _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
-    _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", cut=_rows),
-    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", cut=_columns),
+    _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", cut=ROWS),
+    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", cut=COLUMNS),
     _layer("mlp.router.weight", "mlp.gate.weight"),
     _layer(
         "mlp.experts.local_experts.{expert}.linear_fc1.weight",
         _EXPERT + "gate_proj.weight",
         _EXPERT + "up_proj.weight",
-        cut=_rows,
+        cut=ROWS,
     ),
-    _layer("mlp.experts.local_experts.{expert}.linear_fc2.weight", _EXPERT + "down_proj.weight", cut=_columns),
-    _layer(
-        "mlp.experts.linear_fc1.weight{expert}", _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", cut=_rows
-    ),
-    _layer("mlp.experts.linear_fc2.weight{expert}", _EXPERT + "down_proj.weight", cut=_columns),
+    _layer("mlp.experts.local_experts.{expert}.linear_fc2.weight", _EXPERT + "down_proj.weight", cut=COLUMNS),
+    _layer("mlp.experts.linear_fc1.weight{expert}", _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", cut=ROWS),
+    _layer("mlp.experts.linear_fc2.weight{expert}", _EXPERT + "down_proj.weight", cut=COLUMNS),
 )
 
 
@@ -111,22 +148,12 @@ def load_weights(model: torch.nn.Module, folder: Path) -> list[str]:
     Raises:
         ReplayError: a parameter that no rule or more than one matches, a tensor that is missing or does not fit.
     """
-    decoder: Any = model.decoder
     used: list[str] = []
     tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
     with Checkpoint(folder) as checkpoint, torch.no_grad():
         for name, parameter in model.named_parameters():
-            rule, found = _match(name)
-            numbers = {}
-            if "layer" in found:
-                layer = decoder.layers[int(found["layer"])]
-                numbers["layer"] = layer.layer_number - 1
-                if "expert" in found:
-                    numbers["expert"] = int(found["expert"]) + _first_expert(layer)
-            sources = tuple(source.format(**numbers) for source in rule.sources)
-            if tied and sources == ("lm_head.weight",):
-                sources = ("model.embed_tokens.weight",)
-            data = rule.cut(checkpoint, sources, _place(checkpoint, expert="expert" in numbers))
+            rule, sources, expert = source_of(model, name)
+            data = rule.cut.take(checkpoint, sources, place_of(checkpoint.config, expert=expert))
             if data.shape != parameter.shape:
                 raise ReplayError(f"{name}: shape {tuple(parameter.shape)} != {tuple(data.shape)} made of {sources}")
             twice = set(used).intersection(sources)
@@ -135,6 +162,25 @@ def load_weights(model: torch.nn.Module, folder: Path) -> list[str]:
             parameter.copy_(data)
             used += sources
     return used
+
+
+def source_of(model: Any, name: str) -> tuple[Rule, tuple[str, ...], bool]:
+    """Return a parameter's rule, the checkpoint's tensors that make it, and whether it is an expert's.
+
+    Raises:
+        ReplayError: no rule or more than one matches.
+    """
+    rule, found = _match(name)
+    numbers = {}
+    if "layer" in found:
+        layer = model.decoder.layers[int(found["layer"])]
+        numbers["layer"] = layer.layer_number - 1
+        if "expert" in found:
+            numbers["expert"] = int(found["expert"]) + _first_expert(layer)
+    sources = tuple(source.format(**numbers) for source in rule.sources)
+    if getattr(model, "share_embeddings_and_output_weights", False) and sources == ("lm_head.weight",):
+        sources = ("model.embed_tokens.weight",)
+    return rule, sources, "expert" in numbers
 
 
 def _match(name: str) -> tuple[Rule, dict[str, str]]:
@@ -153,10 +199,11 @@ def _first_expert(layer: Any) -> int:
     return int(layer.mlp.local_expert_indices[0])
 
 
-def _place(checkpoint: Checkpoint, *, expert: bool) -> Place:
+def place_of(config: Mapping[str, Any], *, expert: bool) -> Place:
+    """Return this rank's place among those that share a parameter; config: the checkpoint's."""
     from megatron.core import parallel_state as ps
 
-    groups = checkpoint.config["num_key_value_heads"]
+    shape = (config["num_key_value_heads"], config["head_dim"])
     if expert:
-        return Place(ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size(), groups)
-    return Place(ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size(), groups)
+        return Place(ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size(), *shape)
+    return Place(ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size(), *shape)

@@ -1,0 +1,68 @@
+"""Write a Megatron model as a Hugging Face checkpoint, each rank its own part; what an engine's weight update reads."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.weights import place_of, source_of
+
+
+def export_weights(chunks: Sequence[torch.nn.Module], base: Path, folder: Path) -> int:
+    """Write this rank's share of the weights into a folder, which is complete when all ranks have returned.
+
+    Of ranks that hold the same parameter the first writes it; those that share it out send their parts to that one.
+    All ranks must call it. The folder gets the config of `base`, the checkpoint that the model was built from.
+
+    chunks: model chunks, wrapped or not.
+
+    Returns:
+        Bytes of the tensors that this rank has written.
+
+    Raises:
+        ReplayError: a parameter that the table of weights does not know.
+    """
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    rank = torch.distributed.get_rank()
+    tensors: dict[str, torch.Tensor] = {}
+    for chunk in chunks:
+        model: Any = chunk
+        while hasattr(model, "module"):
+            model = model.module
+        for name, parameter in model.named_parameters():
+            tensors.update(_tensors_of(model, name, parameter.detach(), config))
+    folder.mkdir(parents=True, exist_ok=True)
+    if tensors:
+        path = folder / f"model-{rank:05d}.safetensors"
+        save_file(tensors, path.with_suffix(".part"), {"format": "pt"})
+        path.with_suffix(".part").rename(path)
+    if rank == 0:
+        shutil.copy(base / "config.json", folder / "config.json")
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors_of(model: Any, name: str, data: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+    """Return the checkpoint's tensors that a parameter makes; none on a rank that does not write them."""
+    from megatron.core import parallel_state as ps
+
+    rule, sources, expert = source_of(model, name)
+    place = place_of(config, expert=expert)
+    first = ps.get_expert_data_parallel_rank() == 0 if expert else ps.get_data_parallel_rank(True) == 0
+    if not first or (model.pre_process is False and sources == ("model.embed_tokens.weight",)):
+        return {}
+    group = ps.get_expert_tensor_parallel_group() if expert else ps.get_tensor_model_parallel_group()
+    parts = [data]
+    if place.parts > 1 and rule.cut.shared:
+        parts = [torch.empty_like(data) for _ in range(place.parts)]
+        torch.distributed.all_gather(parts, data.contiguous(), group=group)
+    if place.part:
+        return {}
+    found = [tensor.contiguous().cpu() for tensor in rule.cut.join(parts, len(sources), place)]
+    if len(found) != len(sources):
+        raise ReplayError(f"{name}: makes {len(found)} tensors != {len(sources)} of {sources}")
+    return dict(zip(sources, found, strict=True))
