@@ -23,7 +23,7 @@ class MicroBatch:
     """The part of a micro-batch that one context-parallel rank has.
 
     tokens, labels, positions: [b, s / cp] or [1, t / cp] int64; labels are each position's next token.
-    loss_mask: the same shape, float32; 1 where the label is a response token.
+    loss_mask: the same shape, float32; 1 where the label is a token that the policy sampled.
     places: the same shape, two numbers in the last dimension: sample (of the whole batch) and position of each token.
     """
 
@@ -86,6 +86,15 @@ def micro_batches(
     return batches
 
 
+def packed_micro_batch(
+    samples: Sequence[Sample], layout: ParallelLayout, rank: int, device: torch.device
+) -> MicroBatch:
+    """Build a packed micro-batch of all the samples, as the rank's context-parallel share of it."""
+    rooms = [_round_up(sample.trace.num_tokens, 2 * layout.tp * layout.cp) for sample in samples]
+    packing = Packing.packed(np.cumsum([0, *rooms]))
+    return _build(samples, range(len(samples)), packing, layout.cp, layout.coords(rank).cp_rank, device)
+
+
 def _build(
     samples: Sequence[Sample], chosen: range, packing: Packing, cp: int, cp_rank: int, device: torch.device
 ) -> MicroBatch:
@@ -102,7 +111,9 @@ def _build(
         room = np.zeros(max(at.max() + 2, len(ids) + 1), np.int64)
         room[: len(ids)] = ids
         tokens[here], labels[here] = room[at], room[at + 1]
-        loss_mask[here] = (at >= num_prompt - 1) & (at < len(ids) - 1)
+        counts = np.zeros(len(room), np.bool_)
+        counts[num_prompt : len(ids)] = samples[i].sampled
+        loss_mask[here] = counts[at + 1]
     return MicroBatch(
         traces=[samples[i].trace for i in chosen],
         packing=packing,

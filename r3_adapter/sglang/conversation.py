@@ -3,11 +3,77 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from r3_adapter.errors import CaptureError
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.capture import computations_from_reply, logprobs_of, payload_of
-from r3_adapter.sglang.computation import join_turns
+from r3_adapter.sglang.computation import Computation, join_turns
 from r3_adapter.sglang.facts import ModelFacts
+
+
+class Conversation:
+    """What was said so far, by the policy and by others, and the routes of it.
+
+    tokens: all of it; the next request's input_ids.
+    start: the position from which the next request wants routes: the first token that has none.
+    """
+
+    def __init__(self, prompt: Sequence[int], facts: ModelFacts, *, place: str = "conversation") -> None:
+        self.tokens = list(prompt)
+        self.start = 0
+        self._facts, self._place = facts, place
+        # Turns that were computed upon each other, with what the engine said of the last one; mostly there is one run.
+        self._runs: list[tuple[Computation, list[Sample]]] = []
+        self._num_turns = 0
+
+    def take(self, reply: Mapping[str, Any]) -> Sample:
+        """Add the turn that an engine generated; return it as a sample whose prompt is all that was said before.
+
+        Raises:
+            CaptureError: A reply without routes, or with those of other tokens or of another model; a turn that was
+                retracted, or was not computed upon the turns before, since the cache lost them. Nothing is changed.
+            TraceError: Malformed routes.
+        """
+        where = f"{self._place}, turn {self._num_turns}"
+        found = computations_from_reply(reply, self.tokens, facts=self._facts, start=self.start, place=where)
+        if len(found) > 1:
+            raise CaptureError(f"{where}: computed {len(found)} times, since it was retracted")
+        computation, turns = found[0], list[Sample]()
+        if self.start:
+            before, turns = self._runs[-1]
+            computation = join_turns(before, computation, place=where)
+            self._runs.pop()
+        turns.append(
+            Sample(computation.trace, len(self.tokens), logprobs_of(reply, where), len(payload_of(reply, where)))
+        )
+        self._runs.append((computation, turns))
+        self._num_turns += 1
+        self.tokens = computation.trace.token_ids.tolist()
+        self.start = computation.stop - 1
+        return turns[-1]
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append what somebody else says."""
+        self.tokens += tokens
+
+    def samples(self) -> list[Sample]:
+        """Return the conversation as one sample; as more if `start` was set back to 0 before a turn.
+
+        A token's log-probability belongs to the computation that sampled it: turns that were computed again begin
+        another sample, whose prompt is all that was said before.
+        """
+        return [_one_sample(turns) for _, turns in self._runs]
+
+
+def _one_sample(turns: Sequence[Sample]) -> Sample:
+    first, last = turns[0].num_prompt_tokens, turns[-1]
+    logprobs = np.zeros(last.trace.num_tokens - first, np.float32)
+    sampled = np.zeros(len(logprobs), np.bool_)
+    for turn in turns:
+        at = slice(turn.num_prompt_tokens - first, turn.num_prompt_tokens - first + len(turn.logprobs))
+        logprobs[at], sampled[at] = turn.logprobs, True
+    return Sample(last.trace, first, logprobs, sum(turn.payload_bytes for turn in turns), sampled)
 
 
 class Asks(Protocol):
@@ -35,21 +101,12 @@ def converse(
     A turn's sample has all tokens before it as its prompt, with the routes that came with the turns before.
 
     Raises:
-        CaptureError: A reply without routes, or with those of other tokens or of another model; a turn that was
-            retracted, or was not computed upon the turns before, since the cache lost them.
-        TraceError: Malformed routes.
+        CaptureError, TraceError: as Conversation.take.
     """
-    samples: list[Sample] = []
-    tokens, before = list(prompt), None
-    for turn in range(len(follow_ups) + 1):
-        where = f"{place}, turn {turn}"
-        start = 0 if before is None else before.stop - 1
-        (reply,) = engine.replies([tokens], sampling_params, start=start)
-        found = computations_from_reply(reply, tokens, facts=engine.facts, start=start, place=where)
-        if len(found) > 1:
-            raise CaptureError(f"{where}: computed {len(found)} times, since it was retracted")
-        before = found[0] if before is None else join_turns(before, found[0], place=where)
-        samples.append(Sample(before.trace, len(tokens), logprobs_of(reply, where), len(payload_of(reply, where))))
-        if turn < len(follow_ups):
-            tokens = [*before.trace.token_ids.tolist(), *follow_ups[turn]]
+    samples, conversation = list[Sample](), Conversation(prompt, engine.facts, place=place)
+    for follow_up in [*follow_ups, None]:
+        (reply,) = engine.replies([conversation.tokens], sampling_params, start=conversation.start)
+        samples.append(conversation.take(reply))
+        if follow_up is not None:
+            conversation.add(follow_up)
     return samples

@@ -48,6 +48,7 @@ class Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.facts = ModelFacts.from_checkpoint(Path(settings.model_path))
+        self.weight_version = settings.weight_version
 
     def __enter__(self) -> "Engine":
         gpu = has_gpu()
@@ -98,6 +99,46 @@ class Engine:
             )
             progress(len(replies), len(prompts))
         return replies
+
+    async def reply(self, tokens: Sequence[int], sampling_params: Mapping[str, Any], *, start: int = 0) -> Any:
+        """Generate for one prompt beside others; return what SGLang says, as `replies` does.
+
+        All coroutines of an engine must run in one event loop, and `replies` in none.
+        """
+        return await self._engine.async_generate(
+            input_ids=list(tokens),
+            sampling_params=dict(sampling_params),
+            return_logprob=True,
+            return_routed_experts=True,
+            routed_experts_start_len=start,
+            cache_salt=self.weight_version,
+        )
+
+    async def update_weights(self, folder: Path, version: str) -> None:
+        """Load other weights, which rows computed from now on carry as `version`.
+
+        Requests under way are paused and go on upon the rows that they have: their routes are of two versions. Requests
+        that come later share no rows of before.
+
+        Raises:
+            CaptureError: SGLang refuses; it then still has the weights of before, or none that can be used.
+
+        Source: sglang@0.5.20: srt/managers/tokenizer_manager.py:update_weights_from_disk
+        """
+        from sglang.srt.managers import io_struct
+
+        manager = self._engine.tokenizer_manager
+        await manager.pause_generation(io_struct.PauseGenerationReqInput(mode="in_place"))
+        try:
+            update = io_struct.UpdateWeightFromDiskReqInput(
+                model_path=str(folder), weight_version=version, flush_cache=False
+            )
+            done, message, _ = await manager.update_weights_from_disk(update, None)
+        finally:
+            await manager.continue_generation(io_struct.ContinueGenerationReqInput())
+        if not done:
+            raise CaptureError(f"weights {version!r} of {folder}: {message}")
+        self.weight_version = version
 
     def generate(
         self, prompts: Prompts, sampling_params: SamplingParams, *, recomputed: Recomputed = "raise", **options: Any

@@ -18,6 +18,7 @@ class EngineSettings:
     radix_cache: share the KV rows of common prefixes between requests.
     routed_experts_format: "safetensors" needs the patched SGLang; "flat" is its own form.
     max_total_tokens: size of the KV cache in tokens; None leaves it to SGLang, which takes most of the memory.
+    weight_version: the engine's name for the checkpoint's weights, which rows carry.
     overlap: overlap scheduling; None for off without a GPU, where it gains nothing, and on with one.
     perturb: select random experts in some rows; for proofs.
     extra: more arguments of sglang.Engine, which win over these.
@@ -32,6 +33,7 @@ class EngineSettings:
     context_length: int | None = None
     max_total_tokens: int | None = 8192
     max_running_requests: int | None = 16
+    weight_version: str = "default"
     overlap: bool | None = None
     log_level: str = "warning"
     perturb: Perturbation | None = None
@@ -51,6 +53,7 @@ class EngineSettings:
             "skip_tokenizer_init": True,
             "enable_return_routed_experts": True,
             "log_level": self.log_level,
+            "weight_version": self.weight_version,
         }
         if self.routed_experts_format != "flat":
             # An unpatched SGLang does not know the argument.
