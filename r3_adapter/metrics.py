@@ -4,6 +4,7 @@ N: response tokens of a batch.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,22 @@ def gap(trainer: Logprobs, rollout: Logprobs) -> Gap:
         f_1_2=tail_share(diff, 1.2),
         f_2=tail_share(diff, 2.0),
     )
+
+
+def merge_gaps(gaps: Sequence[Gap]) -> Gap:
+    """Return the gap over all tokens of parts that were compared apart.
+
+    Raises:
+        R3Error: no parts.
+    """
+    tokens = sum(each.tokens for each in gaps)
+    if not tokens:
+        raise R3Error("no gaps to merge")
+    means = {
+        name: sum(getattr(each, name) * each.tokens for each in gaps) / tokens
+        for name in ("mean_abs", "k3", "f_1_2", "f_2")
+    }
+    return Gap(tokens=tokens, max_abs=max(each.max_abs for each in gaps), **means)
 
 
 def tail_share(diff: npt.NDArray[np.float64], tau: float) -> float:

@@ -20,10 +20,11 @@ _RECOMPUTE: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def initialize(layout: ParallelLayout, rank: int, rendezvous: Path) -> torch.device:
+def initialize(layout: ParallelLayout, rank: int, rendezvous: str) -> torch.device:
     """Join the process group (NCCL with a GPU, gloo without) and set up Megatron's groups; return the rank's device.
 
-    rendezvous: a file on this host that does not exist yet, the same for all ranks; no port is opened for it.
+    rendezvous: URL at which all ranks meet: "file://" with a file on this host that does not exist yet, for which no
+        port is opened, or "tcp://HOST:PORT" of rank 0's host.
 
     Raises:
         LayoutError: Megatron gives this rank other coordinates than the layout.
@@ -34,12 +35,13 @@ def initialize(layout: ParallelLayout, rank: int, rendezvous: Path) -> torch.dev
 
         cpu.install()
         torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if rendezvous.startswith(("file://", "tcp://127.0.0.1:")):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=layout.world_size
+        "nccl" if gpu else "gloo", init_method=rendezvous, rank=rank, world_size=layout.world_size
     )
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -115,7 +117,9 @@ def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> to
     return model.to(torch.cuda.current_device())  # type: ignore[no-any-return]
 
 
-def build_optimizer(chunks: Sequence[torch.nn.Module], *, distributed: bool) -> tuple[list[torch.nn.Module], Any]:
+def build_optimizer(
+    chunks: Sequence[torch.nn.Module], *, distributed: bool, lr: float = 1e-4, clip_grad: float = 1.0
+) -> tuple[list[torch.nn.Module], Any]:
     """Wrap the chunks in Megatron's data parallelism, and make its Adam; return both."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -129,8 +133,8 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], *, distributed: bool) -> 
     ]
     optimizer_config = OptimizerConfig(
         optimizer="adam",
-        lr=1e-4,
-        clip_grad=1.0,
+        lr=lr,
+        clip_grad=clip_grad,
         bf16=config.bf16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=distributed,

@@ -6,7 +6,7 @@ T: tokens of this rank; K: experts a token; E: experts of a layer.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,12 @@ class RouterMonitor:
     """Watches the routers of a rank's model chunks, in forward passes and in recomputation.
 
     layers: counts by global decoder layer.
+    record: keep the experts that were used, for `recorded`.
     """
 
     layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
+    record: bool = False
+    _used: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _latest: ReplayBatch | None = None
     _by_address: dict[int, ReplayBatch] = field(default_factory=dict)
 
@@ -60,12 +63,28 @@ class RouterMonitor:
         self._latest = batch
         self._by_address[batch.routed_experts.untyped_storage().data_ptr()] = batch
 
+    def recorded(self, routes: Sequence[Sequence[ReplayBatch]]) -> list[list[ReplayBatch]]:
+        """Return the same batches with the experts that the routers used in place of the routes.
+
+        routes: by model chunk and micro-batch, all of which have been through.
+        """
+        return [[replace(each, routed_experts=self._stacked(each)) for each in chunk] for chunk in routes]
+
+    def _stacked(self, batch: ReplayBatch) -> torch.Tensor:
+        if not len(batch.routed_experts):
+            return batch.routed_experts
+        used = [self._used[id(batch), index] for index in range(len(batch.routed_experts))]
+        return torch.stack(used).to(batch.routed_experts.dtype)
+
     def _hook(self, index: int, layer_id: int) -> Any:
         def count(
             _: torch.nn.Module, args: Any, kwargs: Mapping[str, Any], output: tuple[torch.Tensor, torch.Tensor]
         ) -> None:
             batch = self._find(index, layer_id, kwargs.get("routed_experts"))
             routing_map = output[1]
+            if self.record:
+                topk = batch.routed_experts.shape[-1]
+                self._used[id(batch), index] = routing_map.to(torch.uint8).topk(topk, dim=-1).indices
             replayed = torch.from_numpy(batch.routes.row_versions >= 0).to(routing_map.device)
             want = batch.routed_experts[index].to(torch.int64)[replayed]
             hits = routing_map[replayed].gather(1, want).sum(1)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     path, rank = Path(argv[0]), int(argv[1])
     request = ScoreRequest(**json.loads(path.read_text(encoding="utf-8")))
     layout, options = ParallelLayout(**request.layout), TrainerOptions(**request.options)  # type: ignore[arg-type]
-    device = initialize(layout, rank, Path(request.rendezvous))
+    device = initialize(layout, rank, f"file://{request.rendezvous}")
     chunks = build_model(Path(request.checkpoint), layout, options)
     optimizer = None
     if "train" in request.passes:

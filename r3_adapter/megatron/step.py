@@ -12,6 +12,8 @@ Routes = Sequence[Sequence[ReplayBatch]]
 """By model chunk and micro-batch, as prepare_step returns them."""
 Expect = Callable[[ReplayBatch], None]
 Keep = Callable[[MicroBatch, torch.Tensor], None]
+Objective = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
+"""Makes a loss for each token of the negative log-probability of its label; both have the shape of the tokens."""
 
 
 def forward(
@@ -30,7 +32,7 @@ def forward(
     keep: gets each micro-batch's losses, [b, s / cp] or [1, t / cp], on the last pipeline stage.
     """
     with torch.no_grad():
-        _run(chunks, batches, routes, live, expect, keep, train=False)
+        _run(chunks, batches, routes, live, expect, keep)
 
 
 def training_step(
@@ -39,18 +41,19 @@ def training_step(
     batches: Sequence[MicroBatch],
     routes: Routes | None,
     *,
+    objective: Objective = lambda batch, losses: losses,
     expect: Expect = lambda replay: None,
     keep: Keep = lambda batch, losses: None,
 ) -> float:
     """Run all micro-batches forward and backward and step the optimizer; return the norm of the gradient.
 
-    The loss is the mean negative log-probability of the response tokens. chunks: wrapped in Megatron's data
-    parallelism. routes: None to let the routers select. For the rest see `forward`.
+    The loss is the mean of `objective` over the tokens of the loss mask; as it is, the mean negative log-probability.
+    chunks: wrapped in Megatron's data parallelism. routes: None to let the routers select. For the rest see `forward`.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
-    _run(chunks, batches, routes, routes is None, expect, keep, train=True)
+    _run(chunks, batches, routes, routes is None, expect, keep, objective)
     return float(optimizer.step()[1])
 
 
@@ -61,9 +64,9 @@ def _run(
     live: bool,
     expect: Expect,
     keep: Keep,
-    *,
-    train: bool,
+    objective: Objective | None = None,
 ) -> None:
+    """Run all micro-batches; backward too if there is an objective."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward_step(iterator: Iterator[tuple[MicroBatch, ReplayBatch | None]], model: torch.nn.Module) -> Any:
@@ -84,8 +87,10 @@ def _run(
 
         def loss(losses: torch.Tensor, non_loss_data: bool = False) -> Any:
             keep(batch, losses)
-            total = (losses.float() * batch.loss_mask).sum()
-            return losses if non_loss_data else (total, batch.loss_mask.sum().to(torch.int), {})
+            if non_loss_data or objective is None:
+                return losses
+            total = (objective(batch, losses.float()) * batch.loss_mask).sum()
+            return total, batch.loss_mask.sum().to(torch.int), {}
 
         return output, loss
 
@@ -98,6 +103,6 @@ def _run(
         num_microbatches=len(batches),
         seq_length=max(each.packing.rooms[0] for each in batches),
         micro_batch_size=batches[0].packing.num_samples,
-        forward_only=not train,
-        collect_non_loss_data=not train,
+        forward_only=objective is None,
+        collect_non_loss_data=objective is None,
     )

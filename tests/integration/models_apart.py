@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     """Compute each result alone, then all of them interleaved, and compare."""
     checkpoint, other, samples, rendezvous = map(Path, argv)
     layout, options = ParallelLayout(), TrainerOptions(recompute="full")
-    device = initialize(layout, 0, rendezvous)
+    device = initialize(layout, 0, f"file://{rendezvous}")
     batches = micro_batches(load_samples(samples), layout, 0, size=2, qkv_format="sbhd", device=device)
     inputs = [StepInput(each.traces, each.tokens, each.packing) for each in batches]
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     readme = Path(__file__).parents[2] / "README.md"
     (script,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
     layout = ParallelLayout()
-    device = initialize(layout, 0, rendezvous)
+    device = initialize(layout, 0, f"file://{rendezvous}")
     (model,) = build_model(checkpoint, layout, TrainerOptions())
 
     def pad(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     """Run all cases; the damage is rank 1's alone."""
     checkpoint, folder, rendezvous, rank = Path(argv[0]), Path(argv[1]), Path(argv[2]), int(argv[3])
     layout = ParallelLayout.smallest(ep=2)
-    device = initialize(layout, rank, rendezvous)
+    device = initialize(layout, rank, f"file://{rendezvous}")
     options = TrainerOptions()
     chunks = build_model(checkpoint, layout, options)
     samples = load_samples(folder)

@@ -1,0 +1,49 @@
+"""One rank of a policy's trainer: python policy_rank.py REQUEST.json RANK.
+
+Exports the weights as they were read, makes a step on samples, exports again, and writes its figures.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.policy import Item, PolicyOptions, PolicyTrainer
+from r3_adapter.megatron.request import TrainerOptions
+from r3_adapter.rl.losses import Objective
+from r3_adapter.rollout import load_samples
+
+
+def main(argv: Sequence[str]) -> None:
+    request, rank = json.loads(Path(argv[0]).read_text(encoding="utf-8")), int(argv[1])
+    layout, out = ParallelLayout(**request["layout"]), Path(request["out"])
+    options = PolicyOptions(
+        objective=Objective(**request["objective"]),
+        trainer=TrainerOptions(qkv_format="thd", **request["trainer"]),
+        **request["options"],
+    )
+    trainer = PolicyTrainer(
+        Path(request["checkpoint"]),
+        layout,
+        rank,
+        request["rendezvous"],
+        options,
+        reference=Path(request["checkpoint"]) if options.objective.kl_coef else None,
+    )
+    trainer.export(out / "before")
+    samples = load_samples(Path(request["samples"]))
+    items = [
+        Item(sample, advantage=(-1.0) ** index * (1 + index / 8), weight=request["weights"][index])
+        for index, sample in enumerate(samples)
+    ]
+    mine = items[layout.coords(rank).dp_rank :: layout.dp]
+    size = request["micro_batch_size"]
+    figures = trainer.step([mine[i : i + size] for i in range(0, len(mine), size)], count_agreement=True)
+    trainer.export(out / "after")
+    (out / f"{rank}.json").write_text(json.dumps(asdict(figures)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
