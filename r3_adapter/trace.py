@@ -95,6 +95,21 @@ class RoutingTrace:
         rows = {name: getattr(self, name)[:num_tokens] for name in ("topk_ids", "token_ids", "version_ids")}
         return replace(self, **rows)
 
+    def at_layers(self, layer_ids: Collection[int]) -> "RoutingTrace":
+        """Return the trace of some of its layers, such as those of a pipeline stage.
+
+        Raises:
+            TraceError: a layer that the trace does not have.
+        """
+        wanted = np.unique(np.fromiter(layer_ids, np.int32))
+        missing = np.setdiff1d(wanted, self.layer_ids)
+        if len(missing):
+            raise TraceError(f"layer {missing[0]} is none of the trace's {self.layer_ids.tolist()}")
+        if len(wanted) == len(self.layer_ids):
+            return self
+        chosen = np.ascontiguousarray(self.topk_ids[:, np.searchsorted(self.layer_ids, wanted)])
+        return replace(self, topk_ids=chosen, layer_ids=wanted)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutingTrace):
             return NotImplemented
