@@ -100,7 +100,16 @@ def add_bench(subparsers: "Subparsers") -> None:
     verb.set_defaults(run=_bench_repack)
 
 
-COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, add_bench)
+def add_report(subparsers: "Subparsers") -> None:
+    """Add `r3 report`."""
+    text = "write one HTML page that compares runs; seeds of one variant are taken together"
+    parser = subparsers.add_parser("report", help=text, description=text)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, also one under way")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    parser.set_defaults(run=_report_runs)
+
+
+COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, add_bench, add_report)
 
 
 def _add_site(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +206,15 @@ def _bench_repack(args: argparse.Namespace) -> int:
     from r3_adapter.bench.repack import bench_repack
 
     _print_json(bench_repack(max_mib=args.max_mib), args.json)
+    return 0
+
+
+def _report_runs(args: argparse.Namespace) -> int:
+    from r3_adapter.report import last_line
+    from r3_adapter.report_page import write_page
+
+    for run in write_page(args.out, args.runs):
+        print(last_line(run.summary(), args.out))
     return 0
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from r3_adapter.metrics import Gap, Logprobs, gap
@@ -112,3 +113,42 @@ def progress_bars(names: Sequence[str]) -> Iterator[list[Tick]]:
             return tick
 
         yield [ticker(task) for task in tasks]
+
+
+@contextmanager
+def run_progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show a long run's steps on stderr, with reward and k3 KL; yield the function that takes each step's metrics.
+
+    done: steps that were there when the run was resumed.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(escape(name), total=total, completed=done, figures="")
+
+        def show(step: Mapping[str, Any]) -> None:
+            figures = [f"{label} {step[key]:.3g}" for label, key in (("reward", "reward"), ("k3", "k3")) if key in step]
+            progress.update(task, advance=1, figures="  ".join(figures))
+
+        yield show
+
+
+def last_line(summary: Mapping[str, Any], page: Path) -> str:
+    """Say in one line how a run went; what was not recorded is left out. summary: as summary.json has it."""
+    said = [f"{summary['steps']:,} steps"]
+    if "reward_first" in summary:
+        said.append(f"reward {summary['reward_first']:.3g} -> {summary['reward_last']:.3g}")
+    if summary["collapsed"]:
+        said.append("COLLAPSED")
+    if "k3" in summary:
+        said.append(f"k3 {summary['k3']:.2e}")
+    if "r3_share" in summary:
+        said.append(f"R3 {summary['r3_share']:.2%} of step time")
+    said.append(", ".join(f"{kind} {count}" for kind, count in summary["events"].items()) or "no faults")
+    return f"{summary['name']}: {'; '.join(said)}; {page}"

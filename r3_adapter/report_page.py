@@ -1,0 +1,345 @@
+"""`r3 report`: one HTML page of runs side by side, which loads nothing and runs no script but its own.
+
+Names and texts come from files that nobody vouches for: each goes through `escape` on its way into the page, or as
+JSON into a block that is not a script. The page's policy lets no script run but the two that were put in.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from r3_adapter.errors import R3Error
+from r3_adapter.report_plots import (
+    SECTIONS,
+    Chart,
+    agreement_charts,
+    line_chart,
+    point_width,
+    row_chart,
+    stage_charts,
+    style,
+)
+from r3_adapter.runs import ROWS, Run, mean
+from r3_adapter.variants import Figure, Variant, at, variants_of
+
+MAX_EVENTS = 500
+NONE = "\N{EN DASH}"
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src $hashes">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>$css</style>
+</head>
+<body>
+<header><h1>$title</h1>$head</header>
+<nav aria-label="variants">$legend</nav>
+<main>$body</main>
+<script type="application/json" id="charts">$charts</script>
+<script>$plotly</script>
+<script>$js</script>
+</body>
+</html>
+""")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the comparison: what it is of each run, and how it is written."""
+
+    title: str
+    of: Callable[[Run], float | None]
+    show: Callable[[float], str]
+
+
+def write_page(path: Path, folders: Sequence[Path]) -> list[Run]:
+    """Write the page of the runs in these folders; return the runs.
+
+    Raises:
+        R3Error: a folder that holds no run or a malformed one, plotly is not installed, or the page cannot be written.
+    """
+    runs = [Run.load(folder) for folder in folders]
+    try:
+        path.write_text(page(runs), encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise R3Error(f"{path}: cannot be written: {error.strerror}") from error
+    return runs
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Return the page of these runs.
+
+    Raises:
+        R3Error: plotly is not installed.
+    """
+    variants = variants_of(runs)
+    charts: list[Chart] = []
+    sections = [_sections(variants, charts), _events(runs), _settings(variants)]
+    title = variants[0].label if len(variants) == 1 else f"{len(variants)} variants, {len(runs)} runs"
+    plotly, js = _plotly(), _asset("report_page.js")
+    blocks = {
+        f"chart-{number}": {"traces": chart.traces, "layout": chart.layout} for number, chart in enumerate(charts)
+    }
+    return _PAGE.substitute(
+        title=escape(title),
+        css=_asset("report_page.css"),
+        head=_head(variants),
+        legend=_legend(variants),
+        body=_section("Side by side", _comparison(variants) + _seeds(variants)) + "".join(sections),
+        charts=_json(blocks),
+        plotly=plotly,
+        js=js,
+        hashes=" ".join(_hash(script) for script in (plotly, js)),
+    )
+
+
+def _sections(variants: Sequence[Variant], charts: list[Chart]) -> str:
+    """Return the sections with plots; the plots themselves are put into `charts`, in the order of their places."""
+    width = point_width(variants)
+    drawn: dict[str, list[Chart]] = {
+        title: [chart for line in lines if (chart := line_chart(line, variants, width))]
+        for title, lines in SECTIONS.items()
+    }
+    drawn["Time"] = [*stage_charts(variants), *drawn["Time"]]
+    rows = row_chart(variants)
+    drawn["Trainer against rollout"] += [rows] if rows else []
+    drawn["Agreement by layer: experts that live routing takes, equal to the rollout's"] = agreement_charts(
+        variants, width
+    )
+    html = []
+    for title, found in drawn.items():
+        figures = []
+        for chart in found:
+            figures.append(_figure(chart, len(charts)))
+            charts.append(chart)
+        if figures:
+            html.append(_section(title, f'<div class="grid">{"".join(figures)}</div>'))
+    return "".join(html)
+
+
+def _figure(chart: Chart, number: int) -> str:
+    notes = "".join(f"<p>{escape(note)}</p>" for note in chart.notes)
+    caption = f"<figcaption><h3>{escape(chart.title)}</h3></figcaption>"
+    plot = f'<div class="plot" id="chart-{number}" style="height:{chart.height}px"></div>'
+    return f"<figure>{caption}{plot}{notes}</figure>"
+
+
+def _head(variants: Sequence[Variant]) -> str:
+    settings = [variant.settings() for variant in variants]
+    lines = []
+    if len({found["model"] for found in settings}) == 1:
+        lines.append(settings[0]["model"])
+    if len({found["layout"] for found in settings}) == 1:
+        lines.append(settings[0]["layout"])
+    versions = {key: value for run in variants[0].runs for key, value in run.config["versions"].items()}
+    lines += [f"{key} {value}" for key, value in versions.items() if all(found.get(key) == value for found in settings)]
+    notes = []
+    for run in (run for variant in variants for run in variant.runs):
+        if not run.finished:
+            notes.append(f"{run.name} has not ended, or did not end well: {len(run.steps)} steps so far")
+        notes += [f"{run.name}: {name} ends in half a line, which is left out" for name in run.half]
+    facts = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="facts">{facts}</ul>' + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+
+
+def _legend(variants: Sequence[Variant]) -> str:
+    html = []
+    for number, variant in enumerate(variants):
+        color, dash = style(number)
+        css = {"dash": "dashed", "dot": "dotted"}.get(dash, "solid")
+        swatch = f'<i style="border-top:3px {css} {color}"></i>'
+        html.append(
+            f'<button type="button" aria-pressed="true" data-variant="{number}">'
+            f"{swatch}{escape(variant.label)}</button>"
+        )
+    band = (
+        "<span>line: mean of the seeds; band: lowest to highest</span>"
+        if any(len(v.runs) > 1 for v in variants)
+        else ""
+    )
+    return "".join(html) + band
+
+
+def _comparison(variants: Sequence[Variant]) -> str:
+    heads = "".join(
+        f'<th scope="col"><i style="border-top:3px solid {style(number)[0]}"></i>{escape(variant.label)}</th>'
+        for number, variant in enumerate(variants)
+    )
+    body = []
+    for key, values in _differing(variants).items():
+        body.append(_cells("setting", key, [escape(value) for value in values]))
+    seeds = [", ".join(str(run.config["seed"]) for run in variant.runs) for variant in variants]
+    body.append(_cells("setting", "seed", [escape(value) for value in seeds]))
+    for row in _rows():
+        totals = [variant.totals(row.of) for variant in variants]
+        if any(totals):
+            body.append(_cells("", row.title, [_spread(found, row.show) for found in totals]))
+    body.append(_cells("", "collapsed", [_collapsed(variant) for variant in variants]))
+    body.append(_cells("", "events", [_event_counts(variant) for variant in variants]))
+    head = f"<thead><tr><td></td>{heads}</tr></thead>"
+    return f'<div class="scroll"><table class="compare">{head}<tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _cells(kind: str, title: str, cells: Iterable[str]) -> str:
+    inner = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr class="{kind}"><th scope="row">{escape(title)}</th>{inner}</tr>'
+
+
+def _rows() -> list[Row]:
+    def total(figure: Figure) -> Callable[[Run], float | None]:
+        return lambda run: sum(found.values()) if (found := run.series(figure)) else None
+
+    def average(figure: Figure) -> Callable[[Run], float | None]:
+        return lambda run: mean(list(run.series(figure).values()))
+
+    def summed(key: str) -> Callable[[Run], float | None]:
+        return lambda run: run.summary().get(key)
+
+    def bytes_a_token(run: Run) -> float | None:
+        both = [step for step in run.steps if "routes" in step.get("bytes", {}) and step.get("response_tokens")]
+        tokens = sum(step["response_tokens"] for step in both)
+        return sum(step["bytes"]["routes"] for step in both) / tokens if tokens else None
+
+    rows = [
+        Row("steps", lambda run: len(run.steps), _count),
+        Row("reward, first tenth of the steps", summed("reward_first"), _short),
+        Row("reward, last tenth of the steps", summed("reward_last"), _short),
+        Row("k3 KL, mean", summed("k3"), _short),
+        Row("F(2), mean", summed("f_2"), _short),
+        Row("gradient norm, mean", average(at("grad_norm")), _short),
+    ]
+    rows += [Row(f"rows {kind}", total(at(f"rows/{kind}")), _count) for kind in ROWS]
+    return [
+        *rows,
+        Row("seconds a step", average(at("seconds/step")), _short),
+        Row("R3's share of step time", summed("r3_share"), lambda value: f"{value:.2%}"),
+        Row("route bytes a response token", bytes_a_token, _short),
+    ]
+
+
+def _short(value: float) -> str:
+    return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Write the mean, and below it lowest and highest if they are not the same; a dash stands for not recorded."""
+    if not values:
+        return f'<span class="none" title="not recorded">{NONE}</span>'
+    lowest, highest = show(min(values)), show(max(values))
+    spread = "" if lowest == highest else f"<small>{escape(lowest)} to {escape(highest)}</small>"
+    return escape(show(sum(values) / len(values))) + spread
+
+
+def _collapsed(variant: Variant) -> str:
+    fallen = [run for run in variant.runs if run.summary()["collapsed"]]
+    if not fallen:
+        return "no"
+    return f"<strong>{'yes' if len(variant.runs) == 1 else f'{len(fallen)} of {len(variant.runs)}'}</strong>"
+
+
+def _event_counts(variant: Variant) -> str:
+    counts: dict[str, int] = {}
+    for run in variant.runs:
+        for event in run.events:
+            counts[event["kind"]] = counts.get(event["kind"], 0) + 1
+    return "<br>".join(f"{escape(kind)} {count}" for kind, count in counts.items()) or "none"
+
+
+def _seeds(variants: Sequence[Variant]) -> str:
+    if all(len(variant.runs) == 1 for variant in variants):
+        return ""
+    tables = "".join(
+        _comparison([Variant(run.name, [run]) for run in variant.runs]) for variant in variants if len(variant.runs) > 1
+    )
+    return f"<details><summary>Each seed</summary>{tables}</details>"
+
+
+def _differing(variants: Sequence[Variant]) -> dict[str, list[str]]:
+    """Return the settings that are not the same in all runs, a value for each variant."""
+    settings = [variant.settings() for variant in variants]
+    keys = {key: None for found in settings for key in found}
+    rows = {key: [found.get(key, NONE) for found in settings] for key in keys}
+    mixed = {key for variant in variants for key in _mixed(variant)}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1 or key in mixed}
+
+
+def _mixed(variant: Variant) -> set[str]:
+    found = [Variant("", [run]).settings() for run in variant.runs]
+    return {key for one in found for key in one if any(one.get(key) != other.get(key) for other in found)}
+
+
+def _settings(variants: Sequence[Variant]) -> str:
+    differing, settings = _differing(variants), variants[0].settings()
+    rows = "".join(_cells("", key, [escape(value)]) for key, value in settings.items() if key not in differing)
+    table = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+    return (
+        _section("Settings that all runs share", f"<details><summary>Show</summary>{table}</details>") if rows else ""
+    )
+
+
+def _events(runs: Sequence[Run]) -> str:
+    found = [(run, event) for run in runs for event in run.events]
+    rows = "".join(
+        f"<tr><td>{escape(run.name)}</td><td>{event['step']}</td><td>{_since(run, event)}</td>"
+        f"<td>{escape(event['kind'])}</td><td>{escape(event['what'])}</td></tr>"
+        for run, event in found[:MAX_EVENTS]
+    )
+    if not rows:
+        return _section("Faults and other events", "<p>None.</p>")
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("run", "step", "after", "what", "and what was done"))
+    more = f'<p class="note">{len(found) - MAX_EVENTS} more are left out</p>' if len(found) > MAX_EVENTS else ""
+    table = (
+        f'<div class="scroll"><table class="events"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+    return _section("Faults and other events", table + more)
+
+
+def _since(run: Run, event: Mapping[str, Any]) -> str:
+    """Return the time since the run's first step."""
+    start = run.steps[0].get("time") if run.steps else None
+    seconds = event["time"] - start if start is not None else -1.0
+    return str(timedelta(seconds=round(seconds))) if 0 <= seconds < 1e9 else NONE
+
+
+def _section(title: str, inner: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{inner}</section>"
+
+
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise R3Error(
+            "r3 report draws with plotly, which is not installed: pip install 'r3-adapter[report]'"
+        ) from error
+    return str(get_plotlyjs())
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _json(value: object) -> str:
+    """Return JSON that ends no block of HTML."""
+    dumped = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return dumped.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

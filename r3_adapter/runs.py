@@ -1,0 +1,263 @@
+"""The folder of a run: written while it runs, read back by tools that trust none of it.
+
+    RUN/config.json     name, flags, model, layout, seed, versions
+    RUN/metrics.jsonl   one object a step: numbers, and objects of numbers (agreement, rows, seconds, bytes, memory)
+    RUN/events.jsonl    one object a fault or other event: step, time, kind, what
+    RUN/summary.json    what `summarize` returns; there once the run has ended well
+    RUN/tensorboard/    the numbers of metrics.jsonl, keys of inner objects joined by "/"
+
+A key may be missing in a step. A number may be NaN or infinite, which Python's json reads and writes; others may not.
+"""
+
+import fcntl
+import importlib.util
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import IO, Any
+
+from r3_adapter.errors import R3Error
+from r3_adapter.runfiles import (
+    Number,
+    Step,
+    check_config,
+    check_event,
+    check_step,
+    dump,
+    read_config,
+    read_lines,
+    write_json,
+)
+
+R3_STAGES = ("capture", "transport", "repack", "replay")
+STAGES = ("rollout", "old_logprobs", "train", "weights", *R3_STAGES)
+ROWS = ("replayed", "live", "padding", "stale")
+
+
+class RunLog:
+    """Writes a run's folder, as a context manager; summary.json comes when it ends without an exception.
+
+    A step is in metrics.jsonl when `step` returns. TensorBoard's files are written too if tensorboard is installed.
+
+    Args:
+        folder: RUN; made if it is not there.
+        config: what config.json is to hold.
+        resume_at: the first step that will be run again or anew; steps from there on are dropped, events are kept.
+            None: a new run.
+
+    Raises:
+        R3Error: a run is there already and resume_at is None, another process writes to it, or a value has the wrong
+            type.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, resume_at: int | None = None) -> None:
+        check_config(config, "config")
+        self.folder, self._last = folder, -1
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = (folder / "metrics.jsonl").open("ab")
+        try:
+            self._lock()
+            resumed = self._resume(config, resume_at)
+            self._events = (folder / "events.jsonl").open("ab")
+        except BaseException:
+            self._metrics.close()
+            raise
+        (folder / "summary.json").unlink(missing_ok=True)
+        write_json(folder / "config.json", config)
+        self._tensorboard = _tensorboard(folder / "tensorboard", resume_at)
+        if resume_at is not None:
+            self.event(resume_at, "resumed", resumed)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._metrics.close()
+        self._events.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if kind is None:
+            write_json(self.folder / "summary.json", Run.load(self.folder).summary())
+
+    def step(self, number: int, metrics: Step) -> None:
+        """Append a step; `step` and `time` are filled in.
+
+        Raises:
+            R3Error: not after the last step, or a value that is no number.
+        """
+        record = {"step": number, "time": time.time(), **metrics}
+        place = f"{self.folder / 'metrics.jsonl'}, step {number}"
+        check_step(record, place)
+        if record["step"] != number or number <= self._last:
+            raise R3Error(f"{place}: step ({record['step']}) is not after step ({self._last})")
+        _append(self._metrics, record, place)
+        self._last = number
+        if self._tensorboard is not None:
+            for key, value in scalars(record):
+                self._tensorboard.add_scalar(key, value, number)
+            self._tensorboard.flush()
+
+    def event(self, step: int, kind: str, what: str) -> None:
+        """Append a fault or another event of a step.
+
+        Raises:
+            R3Error: a value of the wrong type.
+        """
+        record = {"step": step, "time": time.time(), "kind": kind, "what": what}
+        place = f"{self.folder / 'events.jsonl'}, step {step}"
+        check_event(record, place)
+        _append(self._events, record, place)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise R3Error(f"{self.folder}: another process writes this run") from error
+
+    def _resume(self, config: Mapping[str, Any], resume_at: int | None) -> str:
+        """Cut both files behind what is kept; return what the event `resumed` says."""
+        path, events = self.folder / "metrics.jsonl", self.folder / "events.jsonl"
+        lines = read_lines(path, check_step).lines
+        if resume_at is None and (lines or (self.folder / "config.json").exists()):
+            raise R3Error(f"{self.folder}: holds a run of {len(lines)} steps; resume it or take another folder")
+        before = config if resume_at is None else read_config(self.folder / "config.json")
+        kept = [line for line in lines if resume_at is None or line.value["step"] < resume_at]
+        self._last = kept[-1].value["step"] if kept else -1
+        os.truncate(path, kept[-1].end if kept else 0)
+        if events.exists():
+            os.truncate(events, max((line.end for line in read_lines(events, check_event).lines), default=0))
+        said = [f"{len(lines) - len(kept)} steps dropped"]
+        if resume_at is not None and self._last + 1 < resume_at:
+            said.append(f"steps {self._last + 1} to {resume_at - 1} are not in the log")
+        said += [f"{key} changed" for key in config if key != "flags" and before.get(key) != config[key]]
+        old, new = before["flags"], config["flags"]
+        said += [
+            f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+        ]
+        return "; ".join(said)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder as it was read.
+
+    steps, events: in order. finished: it ended well. half: files whose last line was not whole, and was left out.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    steps: Sequence[Step]
+    events: Sequence[Mapping[str, Any]]
+    finished: bool
+    half: Sequence[str]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        """Read a run, which may still be under way: half a line at the end of a file is left out.
+
+        Raises:
+            R3Error: no run, or malformed content; it names file and line.
+        """
+        config = read_config(folder / "config.json")
+        metrics = read_lines(folder / "metrics.jsonl", check_step)
+        events = read_lines(folder / "events.jsonl", check_event)
+        for before, after in pairwise(metrics.lines):
+            if after.value["step"] <= before.value["step"]:
+                raise R3Error(f"{after.place}: step ({after.value['step']}) is not after step ({before.value['step']})")
+        half = [name for name, file in (("metrics.jsonl", metrics), ("events.jsonl", events)) if file.half]
+        steps, found = ([line.value for line in file.lines] for file in (metrics, events))
+        return cls(folder, config, steps, found, (folder / "summary.json").is_file(), half)
+
+    @property
+    def name(self) -> str:
+        return str(self.config["name"])
+
+    def series(self, of: Callable[[Step], Number | None]) -> dict[int, float]:
+        """Return a figure of each step that has it."""
+        found = ((step["step"], of(step)) for step in self.steps)
+        return {step: float(value) for step, value in found if value is not None}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what summary.json holds."""
+        return summarize(self.name, self.steps, self.events)
+
+
+def summarize(name: str, steps: Sequence[Step], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a run's figures; what no step has is left out.
+
+    reward_first, reward_last: means over the first and the last tenth of the steps, at least one.
+    k3, f_2: means over the steps.
+    r3_share, r3_stages: seconds of R3's stages, summed over steps, over the sum of the steps' seconds.
+    seconds: that sum.
+    collapsed: a number of some step is not finite; or, with 10 steps or more, the mean reward of the last tenth is
+        less than half of the best mean over as many steps in a row. Where that best is not positive, half of it says
+        nothing and only the first counts.
+    """
+    rewards = [step["reward"] for step in steps if "reward" in step]
+    tenth = max(1, len(rewards) // 10)
+    timed = [step["seconds"] for step in steps if "step" in step.get("seconds", {})]
+    total = sum(seconds["step"] for seconds in timed)
+    stages = {
+        stage: sum(seconds.get(stage, 0.0) for seconds in timed) / total
+        for stage in R3_STAGES
+        if total and any(stage in seconds for seconds in timed)
+    }
+    figures = {
+        "reward_first": mean(rewards[:tenth]),
+        "reward_last": mean(rewards[-tenth:]),
+        "k3": mean([step["k3"] for step in steps if "k3" in step]),
+        "f_2": mean([step["f_2"] for step in steps if "f_2" in step]),
+        "r3_share": sum(stages.values()) if stages else None,
+        "seconds": total if timed else None,
+    }
+    return {
+        "name": name,
+        "steps": len(steps),
+        **{key: value for key, value in figures.items() if value is not None},
+        "collapsed": _collapsed(steps, rewards, tenth),
+        "r3_stages": stages,
+        "events": dict(Counter(event["kind"] for event in events)),
+    }
+
+
+def _collapsed(steps: Sequence[Step], rewards: Sequence[Number], tenth: int) -> bool:
+    if not all(math.isfinite(value) for step in steps for _, value in scalars(step)):
+        return True
+    if len(rewards) < 10:
+        return False
+    sums = list(accumulate(rewards, initial=0.0))
+    windows = [(end - begin) / tenth for begin, end in zip(sums, sums[tenth:], strict=False)]
+    return max(windows) > 0 and windows[-1] < max(windows) / 2
+
+
+def mean(values: Sequence[Number]) -> float | None:
+    """Return the mean, or None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def scalars(step: Step) -> Iterator[tuple[str, Number]]:
+    """Yield the numbers of a step but its own and its time; keys of inner objects are joined by "/"."""
+    for key, value in step.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{inner}", number) for inner, number in value.items())
+        elif key not in ("step", "time", "weight_version"):
+            yield key, value
+
+
+def _append(file: IO[bytes], record: Mapping[str, Any], place: str) -> None:
+    file.write(dump(record, place) + b"\n")
+    file.flush()
+
+
+def _tensorboard(folder: Path, resume_at: int | None) -> Any:
+    """Return a writer whose steps from resume_at on count, or None where tensorboard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=resume_at)
