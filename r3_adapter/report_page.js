@@ -7,9 +7,9 @@
     font: { family: "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", size: 12, color: "#1c2430" },
     margin: { l: 8, r: 10, t: 8, b: 8 }, paper_bgcolor: "#fff", plot_bgcolor: "#fff",
     showlegend: false, hovermode: "x unified", hoverlabel: { bgcolor: "#fff", font: { size: 11 } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, itemclick: false, itemdoubleclick: false },
+    legend: { orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, itemclick: false, itemdoubleclick: false },
   };
-  const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]] };
+  const config = { responsive: true, displayModeBar: false };
   const named = (own) => ({ ...axis, ...own, title: { ...title, ...own.title } });
   const shown = (chart) => ({ ...base, ...chart.layout, xaxis: named(chart.layout.xaxis), yaxis: named(chart.layout.yaxis) });
 

@@ -54,6 +54,10 @@ _PAGE = Template("""<!doctype html>
 """)
 
 
+Named = tuple[str, Chart | None]
+"""A plot's title, and the plot if some run recorded what it shows."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the comparison: what it is of each run, and how it is written."""
@@ -107,24 +111,25 @@ def page(runs: Sequence[Run]) -> str:
 def _sections(variants: Sequence[Variant], charts: list[Chart]) -> str:
     """Return the sections with plots; the plots themselves are put into `charts`, in the order of their places."""
     width = point_width(variants)
-    drawn: dict[str, list[Chart]] = {
-        title: [chart for line in lines if (chart := line_chart(line, variants, width))]
-        for title, lines in SECTIONS.items()
+    sections: dict[str, list[Named]] = {
+        title: [(line.title, line_chart(line, variants, width)) for line in lines] for title, lines in SECTIONS.items()
     }
-    drawn["Time"] = [*stage_charts(variants), *drawn["Time"]]
-    rows = row_chart(variants)
-    drawn["Trainer against rollout"] += [rows] if rows else []
-    drawn["Agreement by layer: experts that live routing takes, equal to the rollout's"] = agreement_charts(
-        variants, width
-    )
+    stages: list[Named] = [(chart.title, chart) for chart in stage_charts(variants)]
+    sections["Time"] = [*(stages or [("Stages", None)]), *sections["Time"]]
+    layers: list[Named] = [(chart.title, chart) for chart in agreement_charts(variants, width)]
+    sections["Rows, and agreement of live routing with the rollout"] = [
+        ("Rows", row_chart(variants)),
+        *(layers or [("Agreement by layer", None)]),
+    ]
     html = []
-    for title, found in drawn.items():
+    for title, found in sections.items():
         figures = []
-        for chart in found:
+        for chart in (chart for _, chart in found if chart):
             figures.append(_figure(chart, len(charts)))
             charts.append(chart)
-        if figures:
-            html.append(_section(title, f'<div class="grid">{"".join(figures)}</div>'))
+        missing = ", ".join(name for name, chart in found if chart is None)
+        note = f'<p class="note">Not recorded by any run: {escape(missing)}</p>' if missing else ""
+        html.append(_section(title, f'<div class="grid">{"".join(figures)}</div>{note}'))
     return "".join(html)
 
 
@@ -229,7 +234,9 @@ def _rows() -> list[Row]:
 
 
 def _short(value: float) -> str:
-    return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
+    if value == 0:
+        return "0"
+    return f"{value:#.3g}".rstrip(".") if 1e-3 <= abs(value) < 1e3 else f"{value:.2e}"
 
 
 def _count(value: float) -> str:

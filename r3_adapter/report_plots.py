@@ -8,7 +8,7 @@ from typing import Any
 
 from r3_adapter.runfiles import Number, Step
 from r3_adapter.runs import R3_STAGES, ROWS, STAGES
-from r3_adapter.variants import MAX_POINTS, Curve, Figure, Variant, at, r3_share, ratio
+from r3_adapter.variants import MAX_POINTS, Curve, Figure, Variant, at, ratio
 
 # Okabe and Ito's colours that are readable on white; told apart with each common kind of colour blindness.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
@@ -19,6 +19,7 @@ STAGE_COLORS = {
     "train": "#aab6c6",
     "weights": "#d0d7e0",
     "other": "#eceff3",
+    "R3": "#d55e00",
     "capture": "#d55e00",
     "transport": "#e69f00",
     "repack": "#cc79a7",
@@ -31,29 +32,25 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot: what Plotly draws, its title and unit, and notes on what it does not show.
-
-    height: in pixels. wide: it takes the page's whole width.
-    """
+    """A plot: what Plotly draws, its title, and notes on what it does not show. height: in pixels."""
 
     title: str
-    unit: str
     traces: list[Json]
     layout: Json
     notes: Sequence[str] = ()
     height: int = 250
-    wide: bool = False
 
 
 @dataclass(frozen=True)
 class Line:
-    """A figure to draw over steps."""
+    """A figure to draw over steps; events: faults are marked on its curves."""
 
     title: str
     unit: str
     figure: Figure
     log: bool = False
     percent: bool = False
+    events: bool = False
 
 
 def _scaled(key: str, factor: float) -> Figure:
@@ -65,20 +62,15 @@ def _scaled(key: str, factor: float) -> Figure:
 
 
 SECTIONS: dict[str, tuple[Line, ...]] = {
-    "Learning": (
-        Line("Reward", "mean of the step", at("reward")),
-        Line("Gradient norm", "", at("grad_norm"), log=True),
+    "Learning, and trainer against rollout": (
+        Line("Reward", "mean of the step", at("reward"), events=True),
+        Line("k3 KL", "nats", at("k3"), log=True),
+        Line("F(2)", "share of tokens", at("f_2"), percent=True),
+        Line("Gradient norm", "norm", at("grad_norm"), log=True),
         Line("Entropy", "nats", at("entropy")),
         Line("Response length", "tokens", ratio("response_tokens", "samples")),
     ),
-    "Trainer against rollout": (
-        Line("k3 KL", "nats", at("k3"), log=True),
-        Line("F(2)", "share of tokens", at("f_2"), percent=True),
-    ),
-    "Time": (
-        Line("Step", "s", at("seconds/step")),
-        Line("R3's stages", "share of the step", r3_share, percent=True),
-    ),
+    "Time": (Line("Step", "seconds", at("seconds/step")),),
     "Bytes and memory": (
         Line("Routes produced", "bytes a response token", ratio("bytes/routes", "response_tokens")),
         Line("Routes read by trainer ranks", "KiB a step", _scaled("bytes/routes_pulled", 2**-10)),
@@ -105,24 +97,32 @@ def line_chart(line: Line, variants: Sequence[Variant], width: int) -> Chart | N
     curves = [variant.curve(line.figure, width) for variant in variants]
     if not any(curve.steps for curve in curves):
         return None
-    traces, notes = [], []
+    traces: list[Json] = []
+    notes = _not_recorded([variant.label for variant, curve in zip(variants, curves, strict=True) if not curve.steps])
     for number, (variant, curve) in enumerate(zip(variants, curves, strict=True)):
         if not curve.steps:
-            notes.append(f"{variant.label}: not recorded")
             continue
         traces += _traces(line, variant, curve, number, width)
-        if (
-            first := next((at for at, value in zip(curve.steps, curve.mean, strict=True) if not _ok(value)), None)
-        ) is not None:
-            notes.append(f"{variant.label}: not finite at step {first}")
+        traces += _event_marks(variant, curve, number, width) if line.events else []
+        bad = [step for step, value in zip(curve.steps, curve.mean, strict=True) if not math.isfinite(value)]
+        if bad:
+            notes.append(f"{variant.label}: {len(bad)} points are not finite, the first at step {bad[0]}")
         if line.log and (hidden := sum(value <= 0 for value in curve.mean)):
             notes.append(f"{variant.label}: {hidden} points are 0 or less and have no place on a log scale")
     if width > 1:
         notes.append(f"each point is the mean of {width} steps")
     axis: Json = {"title": {"text": text(line.unit)}}
-    axis |= {"type": "log", "dtick": 1, "exponentformat": "power"} if line.log else {"rangemode": "tozero"}
+    axis |= _decades(curves) if line.log else {"rangemode": "tozero"}
     axis |= {"tickformat": ".2~%"} if line.percent else {}
-    return Chart(line.title, line.unit, traces, {"xaxis": {"title": {"text": "step"}}, "yaxis": axis}, notes)
+    return Chart(line.title, traces, {"xaxis": {"title": {"text": "step"}}, "yaxis": axis}, notes)
+
+
+def _decades(curves: Sequence[Curve]) -> Json:
+    """Return a log axis over whole decades, so that there are ticks to read it by."""
+    drawn = [value for curve in curves for value in (*curve.low, *curve.high) if value > 0 and math.isfinite(value)]
+    low = math.floor(math.log10(min(drawn, default=1)))
+    high = max(low + 1, math.ceil(math.log10(max(drawn, default=10))))
+    return {"type": "log", "range": [low, high], "dtick": (high - low - 1) // 6 + 1, "exponentformat": "power"}
 
 
 def _traces(line: Line, variant: Variant, curve: Curve, number: int, width: int) -> list[Json]:
@@ -136,7 +136,7 @@ def _traces(line: Line, variant: Variant, curve: Curve, number: int, width: int)
         **common,
         "y": means,
         "customdata": counts,
-        "line": {"width": 1.7, "color": color, "dash": dash},
+        "line": {"width": 1.6, "color": color, "dash": dash},
         "hovertemplate": shown + (" (mean of %{customdata})" if many else ""),
     }
     if not many:
@@ -144,6 +144,39 @@ def _traces(line: Line, variant: Variant, curve: Curve, number: int, width: int)
     lower = {**band, "y": low}
     upper = {**band, "y": high, "fill": "tonexty", "fillcolor": f"{color}26"}
     return [lower, upper, drawn]
+
+
+def _event_marks(variant: Variant, curve: Curve, number: int, width: int) -> list[Json]:
+    """Return a mark on the curve for each event, at the next point that there is."""
+    points = list(zip(curve.steps, curve.mean, strict=True))
+    marks: dict[tuple[int, float], list[str]] = {}
+    for event in (event for run in variant.runs for event in run.events):
+        place = next((point for point in points if point[0] >= event["step"] // width * width), points[-1])
+        marks.setdefault(place, []).append(f"step {event['step']}: {event['kind']}")
+    if not marks:
+        return []
+    return [
+        {
+            "meta": number,
+            "type": "scatter",
+            "mode": "markers",
+            "name": text(f"{variant.label}, events"),
+            "x": [step for step, _ in marks],
+            "y": [_digits(value) for _, value in marks],
+            "marker": {
+                "symbol": "diamond",
+                "size": 8,
+                "color": "#fff",
+                "line": {"width": 1.6, "color": style(number)[0]},
+            },
+            "customdata": ["<br>".join(text(said[:80]) for said in some[:10]) for some in marks.values()],
+            "hovertemplate": "%{customdata}",
+        }
+    ]
+
+
+def _not_recorded(labels: Sequence[str]) -> list[str]:
+    return [f"not recorded: {', '.join(labels)}"] if labels else []
 
 
 def _with_gaps(curve: Curve, width: int) -> tuple[list[Number | None], ...]:
@@ -163,12 +196,8 @@ def _with_gaps(curve: Curve, width: int) -> tuple[list[Number | None], ...]:
     return tuple(list(column) for column in zip(*rows, strict=True))
 
 
-def _ok(value: float) -> bool:
-    return math.isfinite(value)
-
-
 def _digits(value: Number) -> Number | None:
-    return float(f"{value:.5g}") if _ok(value) else None
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def point_width(variants: Sequence[Variant]) -> int:
@@ -195,51 +224,59 @@ def agreement_charts(variants: Sequence[Variant], width: int) -> list[Chart]:
         trace = {
             "type": "heatmap",
             "x": steps,
-            "y": layers,
+            "y": [str(layer) for layer in layers],
             "z": [[_digits(row[step]) if step in row else None for step in steps] for row in rows],
             "zmin": low,
             "zmax": 1,
             "colorscale": "Cividis",
-            "colorbar": {"thickness": 10, "outlinewidth": 0, "tickformat": ".1~%", "nticks": 5},
+            "colorbar": {
+                "thickness": 10,
+                "title": {"text": "equal experts", "side": "right", "font": {"size": 11}},
+                "tickfont": {"size": 11},
+                "outlinewidth": 0,
+                "tickformat": ".1~%",
+                "nticks": 5,
+            },
             "hovertemplate": "step %{x}, layer %{y}: %{z:.2%}<extra></extra>",
         }
         layout = {
             "hovermode": "closest",
             "xaxis": {"title": {"text": "step"}, "showgrid": False},
-            "yaxis": {"title": {"text": "layer"}, "dtick": max(1, len(layers) // 8), "showgrid": False},
+            "yaxis": {"title": {"text": "layer"}, "type": "category", "nticks": 9, "showgrid": False},
         }
-        charts.append(Chart(variant.label, "experts equal to the rollout's", [trace], layout))
+        charts.append(Chart(f"Agreement by layer: {variant.label}", [trace], layout))
     return charts
 
 
 def stage_charts(variants: Sequence[Variant]) -> list[Chart]:
-    """Draw mean seconds of each stage, stacked, and those of R3's stages as shares of the step."""
-    means = [{stage: variant.mean(at(f"seconds/{stage}")) for stage in (*STAGES, "step")} for variant in variants]
-    notes, others = [], []
-    for variant, seconds in zip(variants, means, strict=True):
-        step, stages = seconds["step"], sum(seconds[stage] or 0.0 for stage in STAGES)
-        others.append(step - stages if step is not None and step > stages else None)
-        if step is None:
-            notes.append(f"{variant.label}: not recorded")
-        elif stages > 1.001 * step:
-            notes.append(f"{variant.label}: stages overlap; they add up to {stages / step:.2f} of the step")
-    columns: dict[str, list[float | None]] = {stage: [seconds[stage] for seconds in means] for stage in STAGES}
-    columns = {"other": others, **columns}
-    order = [stage for stage in STAGE_COLORS if any(value is not None for value in columns[stage])]
-    shares = {stage: [_share(seconds[stage], seconds["step"]) for seconds in means] for stage in R3_STAGES}
+    """Draw mean seconds of the stages, stacked, with R3's as one; and R3's one by one, as shares of the step."""
     labels = [variant.label for variant in variants]
-    charts = [
-        _bars("Seconds a step, by stage", "s", labels, {stage: columns[stage] for stage in order}, "%{x:.3~g} s", notes)
-    ]
-    r3 = {stage: values for stage, values in shares.items() if any(value is not None for value in values)}
-    if r3:
-        missing = [
-            f"{label}: none recorded"
-            for label, *values in zip(labels, *r3.values(), strict=True)
-            if not any(value is not None for value in values)
-        ]
-        charts.append(_bars("R3's stages", "share of the step", labels, r3, "%{x:.3~%}", missing, percent=True))
-    return charts if order else []
+    means = [{stage: variant.mean(at(f"seconds/{stage}")) for stage in (*STAGES, "step")} for variant in variants]
+    timed = [found for found in means if any(value is not None for value in found.values())]
+    if not timed:
+        return []
+    columns: dict[str, list[float | None]] = {
+        stage: [found[stage] for found in means] for stage in STAGES if stage not in R3_STAGES
+    }
+    notes = _not_recorded([label for label, found in zip(labels, means, strict=True) if found not in timed])
+    columns["other"], columns["R3"] = [], []
+    for label, found in zip(labels, means, strict=True):
+        step, stages = found["step"], sum(found[stage] or 0.0 for stage in STAGES)
+        columns["other"].append(step - stages if step is not None and step > stages else None)
+        columns["R3"].append(sum(found[stage] or 0.0 for stage in R3_STAGES) or None)
+        if step is None and found in timed:
+            notes.append(f"{label}: the step's own seconds are not recorded")
+        elif step is not None and stages > 1.001 * step:
+            notes.append(f"{label}: stages overlap; they add up to {stages / step:.2f} of the step")
+    charts = [_bars("Seconds a step, by stage", "seconds", labels, columns, "%{x:.3~g} s", notes)]
+    shares = {stage: [_share(found[stage], found["step"]) for found in means] for stage in R3_STAGES}
+    without = [label for label, *values in zip(labels, *shares.values(), strict=True) if not any(values)]
+    if len(without) < len(labels):
+        title = "R3's stages"
+        charts.append(
+            _bars(title, "share of the step", labels, shares, "%{x:.3~%}", _not_recorded(without), percent=True)
+        )
+    return charts
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
@@ -257,9 +294,9 @@ def row_chart(variants: Sequence[Variant]) -> Chart | None:
     shares: dict[str, list[float | None]] = {
         kind: [rows[kind] / sum(rows.values()) if sum(rows.values()) else None for rows in sums] for kind in ROWS
     }
-    notes = [
-        f"{variant.label}: not recorded" for variant, rows in zip(variants, sums, strict=True) if not sum(rows.values())
-    ]
+    notes = _not_recorded(
+        [variant.label for variant, rows in zip(variants, sums, strict=True) if not sum(rows.values())]
+    )
     labels = [variant.label for variant in variants]
     return _bars("Rows", "share of (token, layer) rows", labels, shares, "%{x:.3~%}", notes, percent=True)
 
@@ -274,18 +311,28 @@ def _bars(
     percent: bool = False,
 ) -> Chart:
     """Stack bars, one a label; R3's stages are hatched."""
+    hatched = ("R3", *R3_STAGES)
     names = [text(label if len(label) <= 30 else f"{label[:29]}…") + " " for label in labels]
     traces = []
     for name, values in columns.items():
+        if not any(values):
+            continue
         color = {**STAGE_COLORS, **ROW_COLORS}[name]
         marker: Json = {"color": color, "line": {"color": "#ffffff", "width": 0.5}}
-        if name in R3_STAGES:
-            marker["pattern"] = {"shape": "/", "size": 5, "fgcolor": "#ffffff", "fgopacity": 0.55, "solidity": 0.25}
+        if name in hatched:
+            marker["pattern"] = {
+                "shape": "/",
+                "fillmode": "overlay",
+                "size": 5,
+                "fgcolor": "#ffffff",
+                "fgopacity": 0.6,
+                "solidity": 0.2,
+            }
         traces.append(
             {
                 "type": "bar",
                 "orientation": "h",
-                "name": f"R3: {name}" if name in R3_STAGES else name,
+                "name": name,
                 "x": [None if value is None else _digits(value) for value in values],
                 "y": list(range(len(labels))),
                 "marker": marker,
@@ -297,6 +344,12 @@ def _bars(
         "hovermode": "closest",
         "showlegend": True,
         "xaxis": {"title": {"text": unit}, "rangemode": "tozero"} | ({"tickformat": ".3~%"} if percent else {}),
-        "yaxis": {"autorange": "reversed", "showgrid": False, "tickvals": list(range(len(labels))), "ticktext": names},
+        "yaxis": {
+            "autorange": "reversed",
+            "showgrid": False,
+            "zeroline": False,
+            "tickvals": list(range(len(labels))),
+            "ticktext": names,
+        },
     }
-    return Chart(title, unit, traces, layout, notes, height=150 + 30 * len(labels))
+    return Chart(title, traces, layout, notes, height=150 + 30 * len(labels))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r3_adapter.runfiles import Number, Step
-from r3_adapter.runs import R3_STAGES, Run, mean
+from r3_adapter.runs import Run, mean
 
 MAX_POINTS = 500
 """Points of a curve; each is the mean of the steps that fall together if there are more."""
@@ -85,13 +85,6 @@ def ratio(above: str, below: str) -> Figure:
         return numerator / denominator if numerator is not None and denominator else None
 
     return read
-
-
-def r3_share(step: Step) -> float | None:
-    """Return the share of a step's seconds that R3's stages took."""
-    seconds = step.get("seconds", {})
-    found = [seconds[stage] for stage in R3_STAGES if stage in seconds]
-    return sum(found) / seconds["step"] if found and seconds.get("step") else None
 
 
 def variants_of(runs: Sequence[Run]) -> list[Variant]:
