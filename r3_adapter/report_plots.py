@@ -122,7 +122,8 @@ def _decades(curves: Sequence[Curve]) -> Json:
     drawn = [value for curve in curves for value in (*curve.low, *curve.high) if value > 0 and math.isfinite(value)]
     low = math.floor(math.log10(min(drawn, default=1)))
     high = max(low + 1, math.ceil(math.log10(max(drawn, default=10))))
-    return {"type": "log", "range": [low, high], "dtick": (high - low - 1) // 6 + 1, "exponentformat": "power"}
+    span = [low - 0.04, high + 0.04]
+    return {"type": "log", "range": span, "dtick": (high - low - 1) // 6 + 1, "exponentformat": "power"}
 
 
 def _traces(line: Line, variant: Variant, curve: Curve, number: int, width: int) -> list[Json]:

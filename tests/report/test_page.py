@@ -1,0 +1,208 @@
+"""The report page: each run's numbers are on it, nothing is loaded, and nothing that files say becomes markup."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from r3_adapter.cli import main
+from r3_adapter.report import last_line, run_progress
+from r3_adapter.report_page import page
+from r3_adapter.report_plots import SECTIONS, line_chart, stage_charts
+from r3_adapter.runs import Run, RunLog
+from r3_adapter.variants import at, variants_of
+
+MARKUP = '<script>document.body.dataset.owned=1</script><img src=x onerror="document.body.dataset.owned=1">\'&amp;'
+REWARD = SECTIONS["Learning, and trainer against rollout"][0]
+
+
+class Elements(HTMLParser):
+    """Collects what a page is made of."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text, self._open = [], [], [], None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self._open = tag
+        self.tags.append(tag)
+        self.attributes += [(tag, *attr) for attr in attrs]
+
+    def handle_data(self, data):
+        if self._open not in ("script", "style"):
+            self.text.append(data)
+
+
+def runs_in(folder):
+    return [Run.load(found) for found in sorted(folder.iterdir())]
+
+
+def make(folder, name, seed=0, steps=(), events=(), flags=None, end=True):
+    config = {"name": name, "flags": flags or {}, "model": "m", "layout": {"tp": 1}, "seed": seed, "versions": {}}
+    with RunLog(folder, config) as log:
+        for step, metrics in enumerate(steps):
+            log.step(step, metrics)
+        for event in events:
+            log.event(*event)
+    if not end:
+        (folder / "summary.json").unlink()
+    return Run.load(folder)
+
+
+def charts_on(html):
+    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', html)[1])
+
+
+@pytest.fixture(scope="module")
+def html(synthetic):
+    return page(runs_in(synthetic))
+
+
+def test_nothing_is_loaded(html):
+    found = Elements(html)
+    outside = {"src", "href", "srcset", "action", "data", "poster", "background"}
+    assert not [attribute for attribute in found.attributes if attribute[1] in outside]
+    assert not {"link", "iframe", "object", "embed", "base", "img"} & set(found.tags)
+    assert "url(" not in html[: html.index("</style>")] and "@import" not in html[: html.index("</style>")]
+    policy = next(value for tag, name, value in found.attributes if tag == "meta" and value and "default-src" in value)
+    assert "default-src 'none'" in policy and "unsafe-eval" not in policy
+    assert "'unsafe-inline'" not in policy.split("script-src")[1]
+    assert len(html) < 6_000_000
+
+
+def test_each_run_and_its_numbers_are_there(html, synthetic):
+    text = " ".join(Elements(html).text)
+    for run in runs_in(synthetic):
+        assert run.name in text
+        assert f"{run.summary()['reward_last']:#.3g}" in text
+        assert f"{run.steps[0]['rows']['padding'] * len(run.steps):,}" in text
+    assert "3 of 3" in text and "engine_restarted 1" in text and "digest 3f09.. != 77ab.." in text
+    assert "use_tis" in text and "megatron-core 0.16.1" in text
+
+
+def test_curves_hold_mean_and_band_of_the_seeds(tmp_path):
+    rewards = {1: [0.0, 1.0, math.nan], 2: [1.0, 3.0, 5.0], 3: [2.0, 2.0]}
+    runs = [make(tmp_path / str(s), f"r3-seed{s}", s, [{"reward": x} for x in xs]) for s, xs in rewards.items()]
+    (variant,) = variants_of(runs)
+    assert variant.label == "r3"
+    curve = variant.curve(at("reward"), 1)
+    assert (curve.steps, curve.mean[:2], curve.low[:2], curve.high[:2]) == (
+        [0, 1, 2],
+        [1.0, 2.0],
+        [0.0, 1.0],
+        [2.0, 3.0],
+    )
+    assert curve.num_runs == [3, 3, 2]
+    chart = line_chart(REWARD, [variant], 1)
+    assert [trace["y"] for trace in chart.traces] == [[0.0, 1.0, None], [2.0, 3.0, None], [1.0, 2.0, None]]
+    assert list(chart.notes) == ["r3: 1 points are not finite, the first at step 2"]
+    wide = variant.curve(at("reward"), 2)
+    assert (wide.steps, wide.mean[0]) == ([0, 2], pytest.approx(1.5))
+
+
+def test_gaps_stay_gaps(tmp_path):
+    steps = [{"reward": 1.0}, {}, {}, {"reward": 2.0}, {"reward": 2.5}, {"reward": 3.0}]
+    chart = line_chart(REWARD, variants_of([make(tmp_path, "a", steps=steps)]), 1)
+    assert (chart.traces[0]["x"], chart.traces[0]["y"]) == ([0, 1, 3, 4, 5], [1.0, None, 2.0, 2.5, 3.0])
+
+
+def test_runs_are_grouped_by_seed_and_by_nothing_else(tmp_path):
+    def labels(*runs):
+        made = [
+            make(tmp_path / f"{len(list(tmp_path.iterdir()))}", name, seed, flags=flags) for name, seed, flags in runs
+        ]
+        return [(variant.label, len(variant.runs)) for variant in variants_of(made)]
+
+    assert labels(("x-seed1", 1, {}), ("y", 1, {"a": 1}), ("x-seed2", 2, {})) == [("x", 2), ("y", 1)]
+    assert labels(("p", 1, {"seed": 1}), ("q", 2, {"seed": 2})) == [("p", 2)]
+    assert labels(("p", 1, {"lr": 1}), ("q", 2, {"lr": 2})) == [("p", 1), ("q", 1)]
+    (one, _), (two, _) = labels(("x-seed1", 1, {}), ("x-seed1", 1, {}))
+    assert one != two and one.startswith("x-seed1 (") and two.startswith("x-seed1 (")
+
+
+def test_settings_that_differ_between_seeds_are_shown(tmp_path):
+    runs = [make(tmp_path / str(s), f"x-seed{s}", s, flags={"lr": s, "same": 7}) for s in (1, 2)]
+    html = page(runs)
+    table = html[: html.index("Each seed")]
+    assert re.search(r"<th scope=\"row\">lr</th><td>1, 2</td>", table) and ">same<" not in table
+
+
+def test_what_files_say_stays_text(tmp_path):
+    steps = [{"reward": 1.0, "seconds": {"step": 1.0}, "agreement": {"0": 1.0}}] * 3
+    events = [(0, MARKUP, MARKUP + "\ud800")]
+    config = {"name": MARKUP, "flags": {MARKUP: MARKUP}, "model": MARKUP, "layout": {MARKUP: MARKUP}}
+    with RunLog(tmp_path / "a", {**config, "seed": 0, "versions": {MARKUP: MARKUP}}) as log:
+        for step, metrics in enumerate(steps):
+            log.step(step, metrics)
+        log.event(*events[0])
+    make(tmp_path / "b", "plain", steps=steps)
+    out = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
+    html = out.read_text(encoding="utf-8")
+    found = Elements(html)
+    assert found.tags.count("script") == 3 and "img" not in found.tags
+    assert not [attribute for attribute in found.attributes if attribute[1].startswith("on")]
+    assert MARKUP in "".join(found.text)
+    drawn = json.dumps(charts_on(html))
+    assert "&lt;img" in drawn and "<img" not in drawn and "<script" not in drawn
+
+
+def test_what_is_missing_is_said(tmp_path):
+    runs = [make(tmp_path / "a", "a", steps=[{"reward": 1.0, "k3": 0.0}], end=False, flags={"x": 1})]
+    runs += [make(tmp_path / "b", "b", steps=[{"k3": 1.0}], flags={"x": 2})]
+    (tmp_path / "b" / "events.jsonl").write_text("{")
+    runs[1] = Run.load(tmp_path / "b")
+    text = " ".join(Elements(page(runs)).text)
+    assert "not recorded: b" in text
+    assert "a: 1 points are 0 or less and have no place on a log scale" in text
+    assert "a has not ended, or did not end well: 1 steps so far" in text
+    assert "b: events.jsonl ends in half a line, which is left out" in text
+    assert "Not recorded by any run: F(2), Gradient norm, Entropy, Response length" in text
+
+
+def test_stages_that_do_not_fill_the_step_leave_other(tmp_path):
+    steps = [{"seconds": {"step": 4.0, "rollout": 2.0, "capture": 0.5}}, {"seconds": {"step": 6.0, "rollout": 3.0}}]
+    whole, r3 = stage_charts(variants_of([make(tmp_path / "a", "a", steps=steps)]))
+    seconds = {trace["name"]: trace["x"] for trace in whole.traces}
+    assert seconds == {"rollout": [2.5], "other": [2.0], "R3": [0.5]}
+    assert [(trace["name"], trace["x"]) for trace in r3.traces] == [("capture", [0.1])]
+    steps = [{"seconds": {"step": 1.0, "rollout": 1.0, "train": 1.0}}]
+    (whole,) = stage_charts(variants_of([make(tmp_path / "b", "b", steps=steps)]))
+    assert list(whole.notes) == ["b: stages overlap; they add up to 2.00 of the step"]
+    assert "other" not in [trace["name"] for trace in whole.traces]
+
+
+def test_a_run_without_a_step_is_a_page(tmp_path):
+    assert "Side by side" in page([make(tmp_path, "empty")])
+
+
+def test_the_command_says_how_each_run_went(synthetic, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["report", str(synthetic / "r3-seed1"), str(synthetic / "live-seed1"), "--out", str(out)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"r3-seed1: 160 steps; reward 0\.1\d* -> 0\.8\d*; k3 3\.\d\de-04; R3 0\.5\d% of step time; "
+        r"engine_restarted 1, trace_damaged 1; .*page\.html",
+        first,
+    )
+    assert "COLLAPSED" in second and "no faults" in second
+    assert main(["report", str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert "config.json: no such file" in capsys.readouterr().err
+    assert main(["report", str(synthetic / "r3-seed1"), "--out", str(tmp_path / "no" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_last_line_leaves_out_what_nobody_recorded(tmp_path):
+    assert last_line(make(tmp_path, "x").summary(), tmp_path / "p") == f"x: 0 steps; no faults; {tmp_path / 'p'}"
+
+
+def test_progress_shows_reward_and_k3(capsys):
+    with run_progress("[red]x", total=3, done=1) as show:
+        show({"reward": 0.25, "k3": 1e-4})
+        show({})
+        show({"reward": 0.5})
+    shown = capsys.readouterr().err
+    assert "[red]x" in shown and "reward 0.5" in shown and "4/3" in shown
