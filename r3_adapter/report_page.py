@@ -89,7 +89,8 @@ def page(runs: Sequence[Run]) -> str:
     """
     variants = variants_of(runs)
     charts: list[Chart] = []
-    sections = [_sections(variants, charts), _events(runs), _settings(variants)]
+    figures = _section("Side by side" if len(runs) > 1 else "Figures", _figures(variants))
+    sections = [figures, _sections(variants, charts), _events(runs), _settings(variants)]
     title = variants[0].label if len(variants) == 1 else f"{len(variants)} variants, {len(runs)} runs"
     plotly, js = _plotly(), _asset("report_page.js")
     blocks = {
@@ -100,7 +101,7 @@ def page(runs: Sequence[Run]) -> str:
         css=_asset("report_page.css"),
         head=_head(variants),
         legend=_legend(variants),
-        body=_section("Side by side", _comparison(variants) + _seeds(variants)) + "".join(sections),
+        body="".join(sections),
         charts=_json(blocks),
         plotly=plotly,
         js=js,
@@ -176,10 +177,10 @@ def _legend(variants: Sequence[Variant]) -> str:
     return "".join(html) + band
 
 
-def _comparison(variants: Sequence[Variant]) -> str:
+def _comparison(variants: Sequence[Variant], colors: Sequence[str]) -> str:
     heads = "".join(
-        f'<th scope="col"><i style="border-top:3px solid {style(number)[0]}"></i>{escape(variant.label)}</th>'
-        for number, variant in enumerate(variants)
+        f'<th scope="col"><i style="border-top:3px solid {color}"></i>{escape(variant.label)}</th>'
+        for variant, color in zip(variants, colors, strict=True)
     )
     body = []
     for key, values in _differing(variants).items():
@@ -267,13 +268,15 @@ def _event_counts(variant: Variant) -> str:
     return "<br>".join(f"{escape(kind)} {count}" for kind, count in counts.items()) or "none"
 
 
-def _seeds(variants: Sequence[Variant]) -> str:
+def _figures(variants: Sequence[Variant]) -> str:
+    """Return the comparison of the variants, and that of the single runs to be opened."""
+    colors = [style(number)[0] for number in range(len(variants))]
+    table = _comparison(variants, colors)
     if all(len(variant.runs) == 1 for variant in variants):
-        return ""
-    tables = "".join(
-        _comparison([Variant(run.name, [run]) for run in variant.runs]) for variant in variants if len(variant.runs) > 1
-    )
-    return f"<details><summary>Each seed</summary>{tables}</details>"
+        return table
+    runs = [(Variant(run.name, [run]), color) for v, color in zip(variants, colors, strict=True) for run in v.runs]
+    each = _comparison([run for run, _ in runs], [color for _, color in runs])
+    return f"{table}<details><summary>Each run</summary>{each}</details>"
 
 
 def _differing(variants: Sequence[Variant]) -> dict[str, list[str]]:
@@ -308,7 +311,7 @@ def _events(runs: Sequence[Run]) -> str:
     )
     if not rows:
         return _section("Faults and other events", "<p>None.</p>")
-    heads = "".join(f'<th scope="col">{head}</th>' for head in ("run", "step", "after", "what", "and what was done"))
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("run", "step", "time", "what", "and what was done"))
     more = f'<p class="note">{len(found) - MAX_EVENTS} more are left out</p>' if len(found) > MAX_EVENTS else ""
     table = (
         f'<div class="scroll"><table class="events"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'

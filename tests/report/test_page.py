@@ -126,7 +126,7 @@ def test_runs_are_grouped_by_seed_and_by_nothing_else(tmp_path):
 def test_settings_that_differ_between_seeds_are_shown(tmp_path):
     runs = [make(tmp_path / str(s), f"x-seed{s}", s, flags={"lr": s, "same": 7}) for s in (1, 2)]
     html = page(runs)
-    table = html[: html.index("Each seed")]
+    table = html[: html.index("Each run")]
     assert re.search(r"<th scope=\"row\">lr</th><td>1, 2</td>", table) and ">same<" not in table
 
 
@@ -176,7 +176,7 @@ def test_stages_that_do_not_fill_the_step_leave_other(tmp_path):
 
 
 def test_a_run_without_a_step_is_a_page(tmp_path):
-    assert "Side by side" in page([make(tmp_path, "empty")])
+    assert "Figures" in page([make(tmp_path, "empty")])
 
 
 def test_the_command_says_how_each_run_went(synthetic, tmp_path, capsys):
