@@ -30,7 +30,7 @@ r3_install() {
     $pip "$TORCH"
     # A series may have changed: take back what an older one did before pip or the new one looks at the files.
     if [ -x "$VENV/bin/r3" ]; then "$VENV/bin/r3" patch revert >/dev/null 2>&1 || $pip --force-reinstall --no-deps "$SGLANG" megatron-core==0.16.1; fi
-    $pip --constraint <(echo "$TORCH") --editable ".[$extras,report,test]"
+    $pip --constraint <(echo "$TORCH") --editable ".[$extras,report,rl,test]"
     # Without a GPU, SGLang's CUDA dependencies are left out; docs/install.md names them.
     if [ "$extras" = cpu ]; then $pip --no-deps "$SGLANG"; fi
     r3_say "patching the engines"

@@ -9,7 +9,10 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class TinyModel:
-    """The shape of the checkpoint. initializer_range 0.2 spreads the routers' logits as training does."""
+    """The shape of the checkpoint. initializer_range 0.2 spreads the routers' logits as training does.
+
+    expert_size: inner size of an expert; None for half of the hidden size.
+    """
 
     num_layers: int = 8
     num_experts: int = 32
@@ -18,6 +21,7 @@ class TinyModel:
     vocab_size: int = 512
     max_length: int = 2048
     initializer_range: float = 0.2
+    expert_size: int | None = None
 
 
 def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel | None = None) -> None:
@@ -38,7 +42,7 @@ def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel 
         head_dim=shape.hidden_size // 4,
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.topk,
-        moe_intermediate_size=shape.hidden_size // 2,
+        moe_intermediate_size=shape.expert_size or shape.hidden_size // 2,
         decoder_sparse_step=1,
         norm_topk_prob=True,
         max_position_embeddings=shape.max_length,

@@ -3,6 +3,7 @@
 T: tokens of this rank; K: experts a token; E: experts of a layer.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,32 @@ import torch
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.replay import ReplayBatch, moe_routers
+
+
+@contextmanager
+def router_clock(chunks: Sequence[torch.nn.Module]) -> Iterator[list[float]]:
+    """Time the MoE routers of the chunks, for as long as the context lasts; yield a list of one number, the seconds."""
+    spent, started = [0.0], [0.0]
+
+    def wait() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def before(*_: Any) -> None:
+        started[0] = wait()
+
+    def after(*_: Any) -> None:
+        spent[0] += wait() - started[0]
+
+    routers = [router for chunk in chunks for _, router in moe_routers(chunk)]
+    hooks = [router.register_forward_pre_hook(before) for router in routers]
+    hooks += [router.register_forward_hook(after) for router in routers]
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass

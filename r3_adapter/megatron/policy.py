@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 
 from r3_adapter.errors import ReplayError
@@ -19,12 +20,12 @@ from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import MicroBatch, packed_micro_batch
 from r3_adapter.megatron.export import export_weights
 from r3_adapter.megatron.model import build_model, build_optimizer, initialize
-from r3_adapter.megatron.monitor import RouterMonitor
+from r3_adapter.megatron.monitor import RouterMonitor, router_clock
 from r3_adapter.megatron.replay import ReplayBatch, Staleness, StepInput, moe_routers, prepare_step
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.step import Routes, forward, training_step
 from r3_adapter.metrics import Gap, gap
-from r3_adapter.rl.losses import Objective, TokenColumns, policy_loss
+from r3_adapter.rl.losses import Objective, TokenColumns, k3, policy_loss
 from r3_adapter.rollout import Sample
 
 Replay = Literal["off", "r2", "r3"]
@@ -62,8 +63,11 @@ class Figures:
     """What a rank found in a step; counts are of this rank's share, so that those of all ranks add up.
 
     gap: of old and rollout log-probabilities; None where another rank knows them.
+    kl_ref, nll: sums over the same tokens, of k3 to the reference and of the negative log-probability. loss: a sum over
+        the tokens trained on.
     rows: replayed, live, padding, stale; on the first pipeline stage.
-    agreement: rows and ids of the routes, and how many of them live routers would have used, by layer; where counted.
+    agreement: ids of the routes, and how many of them live routers use, by layer; where counted.
+    seconds: by stage. "replay" is what routers take longer than live ones, measured where agreement was counted last.
     """
 
     gap: Gap | None = None
@@ -76,6 +80,7 @@ class Figures:
     rows: dict[str, int] = field(default_factory=dict)
     agreement: dict[int, tuple[int, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    resident_bytes: int = 0
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -114,6 +119,7 @@ class PolicyTrainer:
             clip_grad=options.clip_grad,
         )
         self.reference = build_model(reference, layout, options.trainer) if reference else None
+        self._replay_seconds_per_token = 0.0
 
     def layer_ids(self) -> list[int]:
         """Return the global MoE layers of this rank."""
@@ -148,7 +154,12 @@ class PolicyTrainer:
                 forward(self.reference, batches, routes, live=True, keep=reference.keep)
         columns = self._columns(micro_batches, batches, old, reference, figures)
         self._train(batches, routes if self.options.replay != "off" else None, columns, figures)
+        if not live:
+            # The pass for old log-probabilities, and the forward pass of training.
+            tokens = 2 * sum(batch.packing.num_tokens for batch in batches)
+            figures.seconds["replay"] = self._replay_seconds_per_token * tokens
         self.version += 1
+        figures.resident_bytes = psutil.Process().memory_info().rss
         return figures
 
     def fit(self, micro_batches: Sequence[Sequence[Item]]) -> tuple[float, float]:
@@ -212,12 +223,21 @@ class PolicyTrainer:
         return routes
 
     def _count_agreement(self, batches: Sequence[MicroBatch], routes: Routes, figures: Figures) -> None:
-        """Interleaved schedules want a multiple of the pipeline's size."""
+        """Run the first micro-batches with live routers, and time the routers both ways."""
+        # Interleaved schedules want a multiple of the pipeline's size.
         first = slice(self.layout.pp if self.layout.vpp > 1 else 1)
+        some, theirs = batches[first], [each[first] for each in routes]
         monitor = RouterMonitor()
         with monitor.watch(self.chunks):
-            forward(self.chunks, batches[first], [each[first] for each in routes], live=True, expect=monitor.expect)
+            forward(self.chunks, some, theirs, live=True, expect=monitor.expect)
         figures.agreement = {layer: (found.ids, found.ids_equal) for layer, found in monitor.layers.items()}
+        spent = {}
+        for live in (True, False):
+            with router_clock(self.chunks) as clock:
+                forward(self.chunks, some, theirs, live=live)
+            spent[live] = clock[0]
+        tokens = sum(batch.packing.num_tokens for batch in some)
+        self._replay_seconds_per_token = max(0.0, spent[False] - spent[True]) / tokens
 
     def _columns(
         self,
@@ -231,14 +251,16 @@ class PolicyTrainer:
         columns = {}
         for items, batch in zip(micro_batches, batches, strict=True):
             if id(batch) in old.by_batch:
-                columns[id(batch)] = token_columns(
-                    items, batch, old.by_batch[id(batch)], reference.by_batch.get(id(batch))
-                )
+                theirs = reference.by_batch.get(id(batch))
+                columns[id(batch)] = token_columns(items, batch, old.by_batch[id(batch)], theirs)
         if columns and self.layout.coords(self.rank).tp_rank == 0:
             ours = torch.cat([each.old for each in columns.values()]).cpu().numpy()
             rollout = torch.cat([each.rollout for each in columns.values()]).cpu().numpy()
             if len(ours):
                 figures.gap, figures.nll = gap(ours, rollout), -float(ours.sum())
+            figures.kl_ref = sum(
+                float(k3(each.old, each.reference).sum()) for each in columns.values() if each.reference is not None
+            )
         return columns
 
     def _train(

@@ -1,0 +1,147 @@
+"""GRPO with SGLang rollouts and Megatron training on Ray; --r3 replays the rollout's routes.
+
+Without --hf-checkpoint a tiny model learns to sort digits on this machine, no GPU needed.
+"""
+
+import argparse
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from r3_adapter.arguments import add_layout_arguments, add_r3_arguments, add_rl_arguments, layout_of
+from r3_adapter.errors import R3Error
+from r3_adapter.megatron.policy import PolicyOptions
+from r3_adapter.megatron.request import TrainerOptions
+from r3_adapter.ray.cluster import cluster
+from r3_adapter.ray.loop import Loop, LoopOptions, latest_step
+from r3_adapter.ray.supervised import supervise
+from r3_adapter.report import last_line, run_progress
+from r3_adapter.report_page import write_page
+from r3_adapter.rl.losses import Objective
+from r3_adapter.rl.tasks import END, VOCABULARY, task_named
+from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import TinyModel, write_checkpoint
+
+TINY = TinyModel(num_layers=4, num_experts=16, topk=4, vocab_size=VOCABULARY, max_length=256, initializer_range=0.06)
+
+
+def main() -> None:
+    """Run it, or go on with the run that is in its folder."""
+    args = parse()
+    args.save.mkdir(parents=True, exist_ok=True)
+    with cluster(args.ray_address):
+        options = options_of(args, args.hf_checkpoint or tiny_checkpoint(args))
+        with run_progress(options.config["name"], options.num_rollouts, latest_step(options.folder)) as show:
+
+            def observe(loop: Loop, step: int, stage: str) -> None:
+                if stage in ("rollout", "end") and loop.last_metrics:
+                    show(loop.last_metrics)
+
+            Loop(options, observe).run()
+    page = args.save / "report.html"
+    (run,) = write_page(page, [args.save])
+    print(last_line(run.summary(), page))
+
+
+def parse() -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_rl_arguments(add_layout_arguments(add_r3_arguments(parser)))
+    parser.add_argument("--save", type=Path, default=Path("run"), help="folder of the run; a run in it goes on")
+    parser.add_argument("--name", help="of the run, in reports; default: the folder's")
+    parser.add_argument("--hf-checkpoint", type=Path, help="the first weights")
+    parser.add_argument("--ray-address", help="of a cluster; default: one is started on this machine")
+    parser.add_argument("--task", default="sort")
+    parser.add_argument("--sft-steps", type=int, default=150, help="supervised steps of the tiny model before the run")
+    return parser.parse_args()
+
+
+def tiny_checkpoint(args: argparse.Namespace) -> Path:
+    """Return a tiny model that has seen some right answers."""
+    folder: Path = args.save / "supervised"
+    if not (folder / "config.json").exists():
+        write_checkpoint(args.save / "random", dtype="bfloat16", seed=args.seed, shape=TINY)
+        with run_progress("supervised", args.sft_steps) as show:
+            supervise(
+                args.save / "random",
+                folder,
+                task_named(args.task),
+                layout_of(args),
+                replace(policy_of(args), replay="off", lr=2e-3),
+                num_steps=args.sft_steps,
+                batch_size=64,
+                seed=args.seed,
+                progress=lambda step, loss: show({}),
+            )
+    return folder
+
+
+def policy_of(args: argparse.Namespace) -> PolicyOptions:
+    """Return how the policy is trained."""
+    low = args.eps_clip if args.eps_clip is not None else {"grpo": 0.2, "gspo": 3e-4}[args.advantage_estimator]
+    recompute = {None: "none", "full": "full", "selective": "moe"}[args.recompute_granularity]
+    return PolicyOptions(
+        objective=Objective(
+            estimator=args.advantage_estimator,
+            eps_clip=low,
+            eps_clip_high=low if args.eps_clip_high is None else args.eps_clip_high,
+            tis_clip=args.tis_clip if args.use_tis else None,
+            kl_coef=args.kl_loss_coef,
+        ),
+        replay="r3" if args.r3 else "r2" if args.r2 else "off",
+        staleness=args.r3_staleness,
+        num_steps=args.num_steps_per_rollout,
+        lr=args.lr,
+        clip_grad=args.clip_grad,
+        trainer=TrainerOptions(
+            qkv_format="thd", recompute=recompute, distributed_optimizer=args.use_distributed_optimizer
+        ),
+    )
+
+
+def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
+    """Return what the run does."""
+    layout = layout_of(args)
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+    return LoopOptions(
+        folder=args.save,
+        checkpoint=checkpoint,
+        layout=layout,
+        policy=policy_of(args),
+        engine=EngineSettings(
+            model_path=str(checkpoint),
+            tp_size=args.rollout_tp_size,
+            radix_cache=True,
+            random_seed=args.seed,
+            max_running_requests=args.rollout_batch_size * args.n_samples_per_prompt,
+        ),
+        task=args.task,
+        sampling_params={
+            "temperature": args.rollout_temperature,
+            "max_new_tokens": args.rollout_max_response_len,
+            "stop_token_ids": [END],
+        },
+        num_engines=args.rollout_num_engines,
+        batch_size=args.rollout_batch_size,
+        samples_per_prompt=args.n_samples_per_prompt,
+        micro_batch_size=args.micro_batch_size,
+        lag=args.rollout_lag,
+        num_rollouts=args.num_rollout,
+        seed=args.seed,
+        config={
+            "name": args.name or args.save.name,
+            "flags": flags,
+            "model": str(args.hf_checkpoint or "tiny Qwen3-MoE"),
+            "layout": sizes,
+            "seed": args.seed,
+            "versions": {name: version(name) for name in ("sglang", "megatron-core", "torch", "ray", "r3-adapter")},
+        },
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except R3Error as error:
+        raise SystemExit(f"grpo: {error}") from error

@@ -1,0 +1,179 @@
+"""A run that meets one fault after the other; python loop_faults.py CHECKPOINT FOLDER.
+
+The rollout's experts are perturbed and all is float32, so that a step which trained on a route that is not its token's
+would show in the distance between the trainer's and the rollout's log-probabilities.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.policy import PolicyOptions
+from r3_adapter.ray.cluster import cluster
+from r3_adapter.ray.loop import Loop, LoopOptions
+from r3_adapter.rl.tasks import END
+from r3_adapter.sglang.perturb import Perturbation
+from r3_adapter.sglang.settings import EngineSettings
+
+# The least that Ray takes.
+STORE_BYTES = 80 << 20
+FAULTS: dict[tuple[int, str], Callable[[Loop], None]] = {}
+
+
+def fault(step: int, stage: str) -> Callable[[Callable[[Loop], None]], Callable[[Loop], None]]:
+    """Let a function do its damage once, before a stage of a step."""
+
+    def register(function: Callable[[Loop], None]) -> Callable[[Loop], None]:
+        FAULTS[step, stage] = function
+        return function
+
+    return register
+
+
+def on_next_load(loop: Loop, damage: Callable[[Any], None]) -> None:
+    """Damage what the trainer is about to get."""
+    trainers = loop.trainers
+    assert trainers is not None
+    load = trainers.load
+
+    def damaged(plan: Any, **options: Any) -> Any:
+        trainers.load = load  # type: ignore[method-assign]
+        damage(plan)
+        return load(plan, **options)
+
+    trainers.load = damaged  # type: ignore[method-assign,assignment]
+
+
+@fault(1, "rollout")
+def engine_killed(loop: Loop) -> None:
+    assert loop.pool is not None
+    ray.kill(loop.pool.engines[0])
+
+
+@fault(2, "load")
+def trace_lost(loop: Loop) -> None:
+    def lose(plan: Any) -> None:
+        ray._private.internal_api.free([plan[0][0][0].ref.shards[0]])
+
+    on_next_load(loop, lose)
+
+
+@fault(3, "load")
+def trace_damaged(loop: Loop) -> None:
+    def flip(plan: Any) -> None:
+        item = plan[0][0][0]
+        shard = dict(ray.get(item.ref.shards[0]))
+        data = np.array(shard["trace"])
+        data[-1] ^= 1
+        shards = (ray.put(shard | {"trace": data}), *item.ref.shards[1:])
+        plan[0][0][0] = replace(item, ref=replace(item.ref, shards=shards))
+
+    on_next_load(loop, flip)
+
+
+@fault(4, "load")
+def traces_swapped(loop: Loop) -> None:
+    def swap(plan: Any) -> None:
+        one, other = plan[0][0][0], plan[0][0][1]
+        plan[0][0][0] = replace(one, ref=replace(one.ref, shards=other.ref.shards))
+        plan[0][0][1] = replace(other, ref=replace(other.ref, shards=one.ref.shards))
+
+    on_next_load(loop, swap)
+
+
+@fault(5, "weights")
+def weights_fail(loop: Loop) -> None:
+    assert loop.pool is not None
+    real = loop.pool.engines[0]
+
+    class Elsewhere:
+        """Sends the engine to a folder where there are no weights."""
+
+        class update_weights:
+            @staticmethod
+            def remote(folder: str, version: str) -> Any:
+                return real.update_weights.remote(f"{folder}-not-there", version)
+
+        _actor_id = real._actor_id
+
+    loop.pool.engines[0] = Elsewhere
+    kill = ray.kill
+    ray.kill = lambda actor: kill(real if actor is Elsewhere else actor)
+
+
+@fault(6, "rollout")
+def engine_hangs(loop: Loop) -> None:
+    assert loop.pool is not None
+    loop.pool._idle_timeout = 15.0
+    # Ray's processes, and with them the engines, are this one's children.
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("sglang::sched"):
+            os.kill(process.pid, signal.SIGSTOP)
+
+
+@fault(7, "load")
+def store_spills(loop: Loop) -> None:
+    loop.ballast = [ray.put(np.zeros(STORE_BYTES // 4, np.uint8)) for _ in range(8)]  # type: ignore[attr-defined]
+
+
+@fault(8, "train")
+def rank_killed(loop: Loop) -> None:
+    assert loop.trainers is not None
+    ray.kill(loop.trainers.ranks[1])
+
+
+def observe(loop: Loop, step: int, stage: str) -> None:
+    """Do what is due."""
+    due = FAULTS.pop((step, stage), None)
+    if due is not None:
+        print(f"step {step}, {stage}: {due.__name__}", flush=True)
+        due(loop)
+
+
+def options_of(checkpoint: Path, folder: Path, **more: Any) -> LoopOptions:
+    """Return a run of tiny steps on two ranks."""
+    return LoopOptions(
+        folder=folder,
+        checkpoint=checkpoint,
+        layout=ParallelLayout.smallest(ep=2),
+        policy=PolicyOptions(replay="r3", lr=1e-5),
+        engine=EngineSettings(
+            model_path=str(checkpoint), dtype="float32", radix_cache=True, perturb=Perturbation(seed=3, fraction=0.2)
+        ),
+        task="sort",
+        sampling_params={"temperature": 1.0, "max_new_tokens": 8, "stop_token_ids": [END]},
+        batch_size=3,
+        samples_per_prompt=3,
+        save_interval=2,
+        agreement_interval=4,
+        timeout=240,
+        config={"name": "faults", "flags": {}, "model": "tiny", "layout": {}, "seed": 0, "versions": {}},
+        **more,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    checkpoint, folder = map(Path, argv)
+    with cluster(object_store_bytes=STORE_BYTES):
+        Loop(options_of(checkpoint, folder, num_rollouts=10), observe).run()
+        assert not FAULTS, FAULTS
+        # Stopped, and gone on with.
+        Loop(options_of(checkpoint, folder, num_rollouts=12), observe).run()
+        # Rollouts of two turns that are ahead: weights come while they are under way.
+        ahead = options_of(checkpoint, folder.with_name("ahead"), num_rollouts=5)
+        policy = replace(ahead.policy, staleness="keep", lr=1e-6)
+        params = {**ahead.sampling_params, "max_new_tokens": 80}
+        Loop(replace(ahead, lag=1, task="add", policy=policy, sampling_params=params)).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
