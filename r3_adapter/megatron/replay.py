@@ -27,8 +27,8 @@ Staleness = Literal["refuse", "live", "keep"]
 class ReplayBatch:
     """What one rank's model chunk replays in one micro-batch.
 
-    routed_experts: [M, T, K] int16, on the chunk's device; -1 in a row that is routed live. Give it to
-        GPTModel.forward as the argument of that name.
+    routed_experts: [M, T, K], on the chunk's device; int16 with -1 in a row that is routed live, or uint16, which tells
+        the routers that no row is and that they need no top-k. GPTModel.forward takes it as the argument of that name.
     routes: the same on the host, with the kind and the weight version of each row.
     num_stale: rows of `routes` that other weights computed, replayed or live as the policy says.
     """
@@ -203,7 +203,8 @@ def prepare(
     if staleness == "live":
         routes.topk_ids[:, stale] = LIVE
         routes.row_versions[stale] = LIVE
-    return ReplayBatch(torch.from_numpy(routes.topk_ids).to(tokens.device), routes, int(stale.sum()))
+    topk_ids = routes.topk_ids if routes.num_live else routes.topk_ids.view(np.uint16)
+    return ReplayBatch(torch.from_numpy(topk_ids).to(tokens.device), routes, int(stale.sum()))
 
 
 def _refuse_stale(traces: Sequence[RoutingTrace], weight_version: str) -> None:

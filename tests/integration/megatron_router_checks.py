@@ -45,7 +45,7 @@ def test_own_routes_in_any_order_give_the_bits_of_live_routing(router: str, topk
     options = {**tiny.ROUTERS[router], "moe_router_topk": topk}
     live = tiny.step(tiny.build(**options))
     own = tiny.own_experts(tiny.build(**options))
-    for experts in (own, shuffled(own)):
+    for experts in (own, shuffled(own), own.view(torch.uint16), shuffled(own).to(torch.uint8)):
         assert_same_bits(live, tiny.step(tiny.build(**options), routed_experts=experts))
 
 
@@ -189,15 +189,19 @@ def _router(**options: Any) -> TopKRouter:
 GRAPHED: Mapping[str, Mapping[str, Any]] = {**tiny.ROUTERS, "bias_and_aux": tiny.BIAS_AND_AUX}
 
 
+dtypes = pytest.mark.parametrize("dtype", [torch.int16, torch.uint16])
+
+
+@dtypes
 @pytest.mark.parametrize("router", GRAPHED)
-def test_router_reads_nothing_on_the_host(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_reads_nothing_on_the_host(router: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values; forward and backward of the whole router pass without."""
     config = tiny.build(**GRAPHED[router]).config
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     with FakeTensorMode():
         module = TopKRouter(config, get_default_pg_collection()).train()
         hidden = torch.empty(tiny.SEQ, tiny.BATCH, config.hidden_size)
-        experts = torch.empty(tiny.TOKENS, tiny.TOPK, dtype=torch.int16)
+        experts = torch.empty(tiny.TOKENS, tiny.TOPK, dtype=dtype)
         probs, routing_map = module(hidden, None, experts)
         probs.sum().backward()
     assert probs.shape == routing_map.shape == (tiny.TOKENS, tiny.EXPERTS)
@@ -212,8 +216,9 @@ def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@dtypes
 @pytest.mark.parametrize("router", GRAPHED)
-def test_router_compiles_into_one_graph(router: str, dynamo: None) -> None:
+def test_router_compiles_into_one_graph(router: str, dtype: torch.dtype, dynamo: None) -> None:
     """No graph break: one graph serves all routes, and gives what eager gives."""
     module = _router(**GRAPHED[router])
     logits = torch.randn(tiny.SEQ, tiny.BATCH, tiny.EXPERTS, generator=torch.Generator().manual_seed(0))
@@ -225,8 +230,9 @@ def test_router_compiles_into_one_graph(router: str, dynamo: None) -> None:
 
     compiled = torch.compile(module.routing, fullgraph=True, backend=backend)
     for seed in range(2):
-        experts = tiny.random_experts(seed)[0]
-        experts[seed::5] = -1
+        experts = tiny.random_experts(seed)[0].view(dtype)
+        if dtype.is_signed:
+            experts[seed::5] = -1
         for want, have in zip(
             module.routing(logits, routed_experts=experts), compiled(logits, routed_experts=experts), strict=True
         ):
