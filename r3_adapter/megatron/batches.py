@@ -1,5 +1,8 @@
 """Micro-batches of samples as a rank's model chunks get them: padded [b, s] or packed [1, t].
 
+The last token of a sample is only a label, as in Megatron's own loops. It was never fed to the rollout's model either,
+so it has no route.
+
 b: samples; s: sequence length; t: tokens of a packed micro-batch. A context-parallel rank has a share of s or t.
 """
 
@@ -22,6 +25,7 @@ from r3_adapter.trace import RoutingTrace
 class MicroBatch:
     """The part of a micro-batch that one context-parallel rank has.
 
+    traces: of the tokens that are fed, which are all but the last of each sample.
     tokens, labels, positions: [b, s / cp] or [1, t / cp] int64; labels are each position's next token.
     loss_mask: the same shape, float32; 1 where the label is a token that the policy sampled.
     places: the same shape, two numbers in the last dimension: sample (of the whole batch) and position of each token.
@@ -74,7 +78,7 @@ def micro_batches(
     coords = layout.coords(rank)
     if len(samples) % (size * layout.dp):
         raise LayoutError(f"{len(samples)} samples are not a multiple of micro-batch ({size}) x dp ({layout.dp})")
-    rooms = [_round_up(sample.trace.num_tokens, 2 * layout.tp * layout.cp) for sample in samples]
+    rooms = [_round_up(sample.trace.num_tokens - 1, 2 * layout.tp * layout.cp) for sample in samples]
     batches = []
     for start in range(coords.dp_rank * size, len(samples), size * layout.dp):
         chosen = range(start, start + size)
@@ -90,7 +94,7 @@ def packed_micro_batch(
     samples: Sequence[Sample], layout: ParallelLayout, rank: int, device: torch.device
 ) -> MicroBatch:
     """Build a packed micro-batch of all the samples, as the rank's context-parallel share of it."""
-    rooms = [_round_up(sample.trace.num_tokens, 2 * layout.tp * layout.cp) for sample in samples]
+    rooms = [_round_up(sample.trace.num_tokens - 1, 2 * layout.tp * layout.cp) for sample in samples]
     packing = Packing.packed(np.cumsum([0, *rooms]))
     return _build(samples, range(len(samples)), packing, layout.cp, layout.coords(rank).cp_rank, device)
 
@@ -108,14 +112,15 @@ def _build(
     for i in chosen:
         here = places[..., 0] == i
         at, ids, num_prompt = places[here][:, 1], samples[i].trace.token_ids, samples[i].num_prompt_tokens
-        room = np.zeros(max(at.max() + 2, len(ids) + 1), np.int64)
+        room = np.zeros(packing.rooms[i - chosen.start] + 1, np.int64)
         room[: len(ids)] = ids
-        tokens[here], labels[here] = room[at], room[at + 1]
+        fed = at < len(ids) - 1
+        tokens[here], labels[here] = np.where(fed, room[at], 0), room[at + 1]
         counts = np.zeros(len(room), np.bool_)
         counts[num_prompt : len(ids)] = samples[i].sampled
         loss_mask[here] = counts[at + 1]
     return MicroBatch(
-        traces=[samples[i].trace for i in chosen],
+        traces=[samples[i].trace.head(samples[i].trace.num_tokens - 1) for i in chosen],
         packing=packing,
         tokens=torch.from_numpy(tokens).to(device),
         labels=torch.from_numpy(labels).to(device),

@@ -1,4 +1,4 @@
-"""Models with dense layers; the rollout is Hugging Face's model, since SGLang takes all layers for MoE layers."""
+"""Dense layers, and rows without a route; the rollout is Hugging Face's, as SGLang takes all layers for MoE layers."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.request import PASSES, TrainerOptions
+from r3_adapter.megatron.request import PASSES, QkvFormat, TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.prove import damage, judge
 from r3_adapter.rollout import Sample
@@ -34,8 +34,11 @@ def _model(folder: Path, dense: list[int]) -> Any:
     return model
 
 
-def _roll_out(model: Any, moe_layers: list[int]) -> list[Sample]:
-    """Score random tokens with a fifth of the rows perturbed, and record what was used."""
+def _roll_out(model: Any, moe_layers: list[int], unrecorded: range = range(0)) -> list[Sample]:
+    """Score random tokens with a fifth of the rows perturbed, and record what was used.
+
+    unrecorded: positions that are not perturbed and not recorded, like a tool's output that no engine has computed.
+    """
     import torch
 
     generator, used = torch.Generator().manual_seed(0), list[torch.Tensor]()
@@ -43,6 +46,7 @@ def _roll_out(model: Any, moe_layers: list[int]) -> list[Sample]:
     def route(module: Any, args: Any, output: Any) -> Any:
         probs, ids = output[0].softmax(dim=-1), output[2].clone()
         chosen = torch.rand(len(ids), generator=generator) < 0.2
+        chosen[list(unrecorded)] = False
         ids[chosen] = torch.rand(len(ids), EXPERTS, generator=generator).argsort(dim=1)[chosen, :TOPK]
         used.append(ids)
         weights = probs.gather(1, ids)
@@ -57,8 +61,10 @@ def _roll_out(model: Any, moe_layers: list[int]) -> list[Sample]:
         with torch.no_grad():
             logprobs = model(torch.from_numpy(tokens)[None]).logits[0].log_softmax(dim=-1).numpy()
         topk_ids = torch.stack(used, dim=1).numpy().astype(np.uint8)
-        topk_ids[-1] = 0
-        versions = np.array([0] * (length - 1) + [-1], np.int32)
+        missing = [*unrecorded, length - 1]
+        topk_ids[missing] = 0
+        versions = np.zeros(length, np.int32)
+        versions[missing] = -1
         layer_ids = np.array(moe_layers, np.int32)
         trace = RoutingTrace(topk_ids, tokens.astype(np.int32), versions, layer_ids, EXPERTS, ("first",))
         samples.append(Sample(trace, 4, logprobs[np.arange(3, length - 1), tokens[4:]]))
@@ -72,6 +78,18 @@ def test_routes_find_the_moe_layers_among_dense_ones(tmp_path: Path, dense: list
     scores = score(tmp_path, samples, layout, options, passes=PASSES)
     assert judge(samples, scores, layout, options).failures == []
     assert list(scores["replay"].layers) == samples[0].trace.layer_ids.tolist()
+
+
+@pytest.mark.parametrize("qkv_format", ["sbhd", "thd"])
+def test_rows_without_a_route_between_others_are_routed_live(tmp_path: Path, qkv_format: QkvFormat) -> None:
+    """Routed to any other experts, or their neighbours live too, they would move the tokens after them."""
+    tool = range(2, 6)
+    samples = _roll_out(_model(tmp_path, []), list(range(LAYERS)), unrecorded=tool)
+    layout, options = ParallelLayout.smallest(ep=2), TrainerOptions(qkv_format=qkv_format)
+    scores = score(tmp_path, samples, layout, options, passes=PASSES)
+    verdict = judge(samples, scores, layout, options)
+    assert verdict.failures == []
+    assert verdict.rows_expected == sum(LAYERS * (s.trace.num_tokens - 1 - len(tool)) for s in samples)
 
 
 def test_swapped_layers_are_noticed(tmp_path: Path) -> None:
