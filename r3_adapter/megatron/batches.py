@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from r3_adapter.errors import LayoutError
-from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.layout import Packing, ParallelLayout, local_segments
 from r3_adapter.megatron.request import QkvFormat
 from r3_adapter.reference import tokens_of_cp_rank
 from r3_adapter.rollout import Sample
@@ -86,7 +87,11 @@ def micro_batches(
             packing = Packing.packed(np.cumsum([0, *(rooms[i] for i in chosen)]))
         else:
             packing = Packing.padded(size, max(rooms))
-        batches.append(_build(samples, chosen, packing, layout.cp, coords.cp_rank, device))
+        # The oracle's order of tokens, not that of the code which is to be proved.
+        places = np.array(tokens_of_cp_rank(packing, layout.cp, coords.cp_rank), np.int64).swapaxes(0, 1)
+        if qkv_format == "thd":
+            places = places.reshape(1, -1, 2)
+        batches.append(_build(samples, chosen, packing, places, device))
     return batches
 
 
@@ -96,36 +101,43 @@ def packed_micro_batch(
     """Build a packed micro-batch of all the samples, as the rank's context-parallel share of it."""
     rooms = [_round_up(sample.trace.num_tokens - 1, 2 * layout.tp * layout.cp) for sample in samples]
     packing = Packing.packed(np.cumsum([0, *rooms]))
-    return _build(samples, range(len(samples)), packing, layout.cp, layout.coords(rank).cp_rank, device)
+    places = packed_places(packing, layout.cp, layout.coords(rank).cp_rank)
+    return _build(samples, range(len(samples)), packing, places, device)
+
+
+def packed_places(packing: Packing, cp: int, cp_rank: int) -> npt.NDArray[np.int64]:
+    """Return [1, t / cp, 2] sample and position of each token of a packed micro-batch on a context-parallel rank."""
+    alone = ParallelLayout(cp=cp)
+    sample, start, length, row, _ = local_segments(packing, alone, alone.coords(cp_rank)).T
+    step = np.arange(length.sum()) - np.repeat(row, length)
+    return np.stack([np.repeat(sample, length), np.repeat(start, length) + step], axis=-1)[None]
 
 
 def _build(
-    samples: Sequence[Sample], chosen: range, packing: Packing, cp: int, cp_rank: int, device: torch.device
+    samples: Sequence[Sample],
+    chosen: range,
+    packing: Packing,
+    places: npt.NDArray[np.int64],
+    device: torch.device,
 ) -> MicroBatch:
-    # [rows, columns, 2]: the oracle's order of tokens, not that of the code which is to be proved.
-    places = np.array(tokens_of_cp_rank(packing, cp, cp_rank), np.int64).swapaxes(0, 1)
-    if packing.qkv_format == "thd":
-        places = places.reshape(1, -1, 2)
-    places[..., 0] += chosen.start
-    tokens, labels = np.zeros(places.shape[:2], np.int64), np.zeros(places.shape[:2], np.int64)
-    loss_mask = np.zeros(places.shape[:2], np.float32)
-    for i in chosen:
-        here = places[..., 0] == i
-        at, ids, num_prompt = places[here][:, 1], samples[i].trace.token_ids, samples[i].num_prompt_tokens
-        room = np.zeros(packing.rooms[i - chosen.start] + 1, np.int64)
-        room[: len(ids)] = ids
-        fed = at < len(ids) - 1
-        tokens[here], labels[here] = np.where(fed, room[at], 0), room[at + 1]
-        counts = np.zeros(len(room), np.bool_)
-        counts[num_prompt : len(ids)] = samples[i].sampled
-        loss_mask[here] = counts[at + 1]
+    mine = [samples[i] for i in chosen]
+    # All samples one after the other, each with a place more than its room, for the label of the last row.
+    starts = np.cumsum([0, *(room + 1 for room in packing.rooms)])
+    ids, learnt = np.zeros(starts[-1], np.int64), np.zeros(starts[-1], np.bool_)
+    for start, sample in zip(starts[:-1], mine, strict=True):
+        stop = start + sample.trace.num_tokens
+        ids[start:stop] = sample.trace.token_ids
+        learnt[start + sample.num_prompt_tokens : stop] = sample.sampled
+    at = starts[places[..., 0]] + places[..., 1]
+    fed = places[..., 1] < np.array([sample.trace.num_tokens - 1 for sample in mine])[places[..., 0]]
+    places = places + np.array([chosen.start, 0])
     return MicroBatch(
-        traces=[samples[i].trace.head(samples[i].trace.num_tokens - 1) for i in chosen],
+        traces=[sample.trace.head(sample.trace.num_tokens - 1) for sample in mine],
         packing=packing,
-        tokens=torch.from_numpy(tokens).to(device),
-        labels=torch.from_numpy(labels).to(device),
+        tokens=torch.from_numpy(np.where(fed, ids[at], 0)).to(device),
+        labels=torch.from_numpy(ids[at + 1]).to(device),
         positions=torch.from_numpy(places[..., 1].copy()).to(device),
-        loss_mask=torch.from_numpy(loss_mask).to(device),
+        loss_mask=torch.from_numpy(learnt[at + 1].astype(np.float32)).to(device),
         places=places,
     )
 
