@@ -5,6 +5,9 @@ megatron.training, whose own parser has the layout flags; the names are the same
 """
 
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
 from r3_adapter.layout import ParallelLayout
 
@@ -34,10 +37,15 @@ def add_layout_arguments(parser: Parser) -> Parser:
     group.add_argument("--expert-tensor-parallel-size", type=int, metavar="N", help="default: as tensor")
     group.add_argument("--num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
     group.add_argument("--data-parallel-size", type=int, metavar="N", help="default: the smallest that fits")
+    group.add_argument("--pipeline-model-parallel-layout", metavar="LAYOUT", help='as Megatron has it: "Ett|tttttt|L"')
     group.add_argument("--recompute-granularity", choices=("full", "selective"), help="selective: of the MoE layers")
     group.add_argument("--use-distributed-optimizer", action="store_true")
+    group.add_argument("--optimizer-cpu-offload", action="store_true", help="keep the optimizer's state on the host")
     group.add_argument("--micro-batch-size", type=int, default=4, metavar="N")
     group.add_argument("--qkv-format", choices=("sbhd", "thd"), default="thd", help="padded batches, or packed")
+    group.add_argument(
+        "--megatron-args", type=_json_object, default={}, metavar="JSON", help="more fields of TransformerConfig"
+    )
     return parser
 
 
@@ -56,7 +64,8 @@ def layout_of(args: argparse.Namespace) -> ParallelLayout:
         "etp": args.expert_tensor_parallel_size,
         "dp": args.data_parallel_size,
     }
-    return ParallelLayout.smallest(**{name: size for name, size in sizes.items() if size is not None})
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return ParallelLayout(**given) if "dp" in given else ParallelLayout.smallest(**given)
 
 
 def add_rl_arguments(parser: Parser) -> Parser:
@@ -66,9 +75,13 @@ def add_rl_arguments(parser: Parser) -> Parser:
     group.add_argument("--rollout-tp-size", type=int, default=1, metavar="N", help="tensor parallel size of an engine")
     group.add_argument("--rollout-batch-size", type=int, default=16, metavar="N", help="prompts of a step")
     group.add_argument("--n-samples-per-prompt", type=int, default=8, metavar="N")
+    group.add_argument("--rollout-max-prompt-len", type=int, default=32, metavar="N", help="tokens of a prompt")
     group.add_argument("--rollout-max-response-len", type=int, default=32, metavar="N", help="tokens of a turn")
     group.add_argument("--rollout-temperature", type=float, default=1.0)
     group.add_argument("--rollout-lag", type=int, default=0, metavar="N", help="steps that rollouts are ahead")
+    group.add_argument(
+        "--sglang-args", type=_json_object, default={}, metavar="JSON", help="more arguments of sglang.Engine"
+    )
     group = parser.add_argument_group("policy")
     group.add_argument("--advantage-estimator", choices=("grpo", "gspo"), default="grpo")
     group.add_argument("--use-tis", action="store_true", help="weigh tokens by trainer / rollout, truncated")
@@ -82,3 +95,25 @@ def add_rl_arguments(parser: Parser) -> Parser:
     group.add_argument("--clip-grad", type=float, default=1.0)
     group.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def add_plan_arguments(parser: Parser) -> Parser:
+    """Add what only a plan needs to know; return the parser."""
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--model-config", type=Path, required=True, metavar="FILE", help="config.json, or a checkpoint's folder"
+    )
+    group.add_argument("--mean-prompt-len", type=int, metavar="N", help="default: the longest")
+    group.add_argument("--mean-response-len", type=int, metavar="N", help="default: the longest")
+    group.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    group.add_argument("--num-nodes", type=int, metavar="N", help="default: as many as it takes")
+    group.add_argument("--gpu-memory-gib", type=float, default=79, metavar="N", help="of each GPU")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is no JSON object")
+    return value

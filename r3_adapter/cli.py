@@ -1,6 +1,7 @@
 """The `r3` command.
 
-Exit codes: 0 done; 1 a check said no (`patch verify`, `prove`); 2 refused or used wrongly, with the reason on stderr.
+Exit codes: 0 done; 1 a check said no (`patch verify`, `prove`, `plan`); 2 refused or used wrongly, with the reason on
+stderr.
 
 A subcommand is a function that adds its parser and sets `run`; list it in COMMANDS. Import engines and torch inside
 `run` only: `r3 patch` has to work before they can be imported.
@@ -13,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r3_adapter import patching
-from r3_adapter.errors import R3Error
+from r3_adapter import arguments, patching
+from r3_adapter.errors import LayoutError, R3Error
 from r3_adapter.patching import Outcome, State
 
 if TYPE_CHECKING:
@@ -79,6 +80,17 @@ def add_prove(subparsers: "Subparsers") -> None:
     parser.set_defaults(run=_prove)
 
 
+def add_plan(subparsers: "Subparsers") -> None:
+    """Add `r3 plan`."""
+    text = "without a GPU: check a layout for a model, and say what routes, weights and buffers take where"
+    parser = subparsers.add_parser("plan", help=text, description=text)
+    arguments.add_plan_arguments(parser)
+    arguments.add_r3_arguments(parser)
+    arguments.add_layout_arguments(parser)
+    arguments.add_rl_arguments(parser)
+    parser.set_defaults(run=_plan)
+
+
 def add_bench(subparsers: "Subparsers") -> None:
     """Add `r3 bench`."""
     parser = subparsers.add_parser("bench", help="measure what this project costs, on this machine")
@@ -109,7 +121,7 @@ def add_report(subparsers: "Subparsers") -> None:
     parser.set_defaults(run=_report_runs)
 
 
-COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, add_bench, add_report)
+COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, add_plan, add_bench, add_report)
 
 
 def _add_site(parser: argparse.ArgumentParser) -> None:
@@ -180,6 +192,27 @@ def _prove(args: argparse.Namespace) -> int:
     for failure in verdict.failures:
         print(f"r3 prove: failed: {failure}", file=sys.stderr)
     return 0 if verdict.passed else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from r3_adapter.plan.model import ModelShape
+    from r3_adapter.plan.plan import make_plan
+    from r3_adapter.plan.request import PlanRequest
+    from r3_adapter.plan.tables import print_plan
+
+    model = ModelShape.from_file(args.model_config)
+    try:
+        layout = arguments.layout_of(args)
+    except LayoutError as error:
+        print(f"r3 plan: does not fit: {error}", file=sys.stderr)
+        return 1
+    plan = make_plan(PlanRequest.from_args(args, model, layout))
+    print_plan(plan, Console(width=None if sys.stdout.isatty() else 120))
+    if args.json:
+        args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
+    return 0 if plan.passed else 1
 
 
 def _bench_replay(args: argparse.Namespace) -> int:

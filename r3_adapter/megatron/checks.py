@@ -7,7 +7,7 @@ from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.trace import RoutingTrace
 
-_NEEDED: Mapping[str, tuple[Any, str]] = {
+NEEDED: Mapping[str, tuple[Any, str]] = {
     "moe_router_force_load_balancing": (False, "it replaces the logits by random ones"),
     "moe_expert_capacity_factor": (None, "it drops tokens from the experts that they were routed to"),
     "moe_enable_routing_replay": (False, "it selects experts itself"),
@@ -37,7 +37,7 @@ def check_router(layer_id: int, router: Any, traces: Sequence[RoutingTrace]) -> 
         ReplayError: Names the layer and both operands.
     """
     config = router.config
-    for name, (want, why) in _NEEDED.items():
+    for name, (want, why) in NEEDED.items():
         found = getattr(config, name)
         if found != want:
             raise ReplayError(f"layer {layer_id}: {name} ({found!r}) != {want!r}: {why}")

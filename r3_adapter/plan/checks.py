@@ -1,0 +1,195 @@
+"""What must divide what, what must fit, and what R3 refuses: each answer names both operands."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from r3_adapter.errors import R3Error
+from r3_adapter.megatron.checks import NEEDED, check_layout
+from r3_adapter.plan.request import PlanRequest, length_multiple
+from r3_adapter.repack import local_dtype
+
+_BYPASSING = ("triton_kernel", "flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4")
+
+ENGINE_REFUSALS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "pp_size": ((1,), "layers are on several ranks"),
+    "attn_cp_size": ((1,), "tokens of a request are on several ranks"),
+    "dcp_size": ((1,), "tokens of a request are on several ranks"),
+    "disaggregation_mode": (("null",), "a request's rows are on two engines"),
+    "enable_two_batch_overlap": ((False,), "both halves of a batch write the same rows"),
+    "speculative_algorithm": ((), "rows of rejected tokens"),
+    "enable_hierarchical_cache": ((False,), "KV that comes back has no experts"),
+    "enable_unified_cache_external_linker": ((False,), "KV that comes back has no experts"),
+    "enable_lmcache": ((False,), "KV that comes back has no experts"),
+    "enable_flexkv": ((False,), "KV that comes back has no experts"),
+    "enable_hisparse": ((False,), "KV that comes back has no experts"),
+    "radix_cache_backend": ((), "it may offload KV"),
+}
+"""Arguments of sglang.Engine that a patched SGLang refuses at start-up: what is allowed beside None, and why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """An answer: what was asked, whether it is so, and with which operands."""
+
+    name: str
+    passed: bool
+    says: str
+
+
+def run_checks(request: PlanRequest) -> list[Check]:
+    """Return every check of a request; none depends on another."""
+    checks = [
+        _tried("trainer's layout", lambda: check_layout(request.layout), _grids(request)),
+        _tried("pipeline stages", request.stages, _stage_sizes(request)),
+    ]
+    for group in (_trainer, _batch, _engines, _machines):
+        checks.extend(group(request))
+    return [*checks, *_refusals(request)]
+
+
+def divides(name: str, by: str, size: int, what: str, number: int) -> Check:
+    """Return whether a size divides a number."""
+    passed = size >= 1 and number % size == 0
+    return Check(name, passed, f"{by} ({size}) {'divides' if passed else 'does not divide'} {what} ({number:,})")
+
+
+def _tried(name: str, do: Callable[[], Any], says: Callable[[], str]) -> Check:
+    try:
+        do()
+    except R3Error as error:
+        return Check(name, False, str(error))
+    return Check(name, True, says())
+
+
+def _grids(request: PlanRequest) -> Callable[[], str]:
+    layout = request.layout
+    return lambda: (
+        f"tp * cp * dp * pp ({layout.tp} * {layout.cp} * {layout.dp} * {layout.pp}) = {layout.world_size} ranks; "
+        f"etp * ep ({layout.etp} * {layout.ep}) divides a stage's {layout.stage_size}"
+    )
+
+
+def _stage_sizes(request: PlanRequest) -> Callable[[], str]:
+    def says() -> str:
+        sizes = [" + ".join(str(len(chunk)) for chunk in stage) for stage in request.stages()]
+        return f"num_layers ({request.model.facts.num_layers}) as {', '.join(sizes)}"
+
+    return says
+
+
+def _trainer(request: PlanRequest) -> Iterator[Check]:
+    model, layout = request.model, request.layout
+    assert layout.etp is not None
+    experts = model.facts.num_experts
+    yield divides("trainer: experts", "ep", layout.ep, "experts", experts)
+    yield divides("trainer: inner size of an expert", "etp", layout.etp, "moe_intermediate_size", model.expert_ffn_size)
+    yield divides("trainer: attention heads", "tp", layout.tp, "num_attention_heads", model.num_heads)
+    if model.num_kv_heads is not None:
+        yield divides("trainer: key-value heads", "tp", layout.tp, "num_key_value_heads", model.num_kv_heads)
+    yield divides("trainer: vocabulary", "tp", layout.tp, "vocab_size", model.vocab_size)
+    if model.num_moe_layers < model.facts.num_layers:
+        yield divides("trainer: inner size of dense layers", "tp", layout.tp, "intermediate_size", model.ffn_size)
+    if model.shared_ffn_size:
+        yield divides("trainer: inner size of shared experts", "tp", layout.tp, "their size", model.shared_ffn_size)
+    most = np.iinfo(np.int16).max + 1
+    says = f"experts ({experts}) <= {most:,}, the most beside a live row's mark"
+    yield _tried("trainer: ids in int16", lambda: local_dtype(np.int16, experts), lambda: says)
+
+
+def _batch(request: PlanRequest) -> Iterator[Check]:
+    batch, layout, model = request.batch, request.layout, request.model
+    parts = batch.steps * batch.micro_batch_size * layout.dp
+    by = f"steps * micro-batch * dp, {batch.steps} * {batch.micro_batch_size} * {layout.dp}"
+    samples = f"samples {batch.num_prompts} * {batch.samples_per_prompt}"
+    yield divides("batch: samples", by, parts, samples, batch.num_samples)
+    multiple = length_multiple(layout)
+    room = -(-batch.max_length // multiple) * multiple
+    yield _tried(
+        "batch: lengths",
+        lambda: batch.local_tokens(batch.max_length, layout),
+        lambda: f"padded to multiples of 2 * tp * cp ({multiple}); the longest, {batch.max_length:,}, to {room:,}",
+    )
+    if layout.vpp > 1:
+        yield _interleaving(batch.num_micro_batches(layout), layout.pp)
+    if model.max_length is not None:
+        fits = batch.max_length <= model.max_length
+        says = f"prompt + response ({batch.max_prompt:,} + {batch.max_response:,}) {'<=' if fits else '>'}"
+        yield Check("batch: longest sample", fits, f"{says} max_position_embeddings ({model.max_length:,})")
+
+
+def _interleaving(num_micro_batches: int, pp: int) -> Check:
+    # Source: megatron/core/pipeline_parallel/schedules.py@0.16.1:forward_backward_pipelining_with_interleaving
+    passed = num_micro_batches >= pp and num_micro_batches % pp == 0
+    says = f"pp ({pp}) {'divides' if passed else 'does not divide'} the {num_micro_batches} micro-batches of a step"
+    return Check("batch: interleaved micro-batches", passed, says)
+
+
+def _engines(request: PlanRequest) -> Iterator[Check]:
+    model, engines = request.model, request.engines
+    yield divides("engine: data-parallel attention", "dp_size", engines.dp, "rollout tp", engines.tp)
+    attention = max(engines.tp // engines.dp, 1)
+    yield divides("engine: attention heads", "tp / dp_size", attention, "num_attention_heads", model.num_heads)
+    if model.num_kv_heads is not None:
+        low, high = sorted((attention, model.num_kv_heads))
+        says = f"tp / dp_size ({attention}) and num_key_value_heads ({model.num_kv_heads})"
+        yield Check("engine: key-value heads", high % low == 0, f"{says}: one {_must(high % low == 0)} the other")
+    yield divides("engine: expert parallelism", "ep_size", engines.ep, "rollout tp", engines.tp)
+    yield divides("engine: experts", "ep_size", engines.ep, "experts", model.facts.num_experts)
+    cut = max(engines.tp // engines.ep, 1)
+    yield divides(
+        "engine: inner size of an expert", "tp / ep_size", cut, "moe_intermediate_size", model.expert_ffn_size
+    )
+
+
+def _must(passed: bool) -> str:
+    return "divides" if passed else "must divide"
+
+
+def _machines(request: PlanRequest) -> Iterator[Check]:
+    machines, engines, ranks = request.machines, request.engines, request.layout.world_size
+    per_node = machines.gpus_per_node
+    low, high = sorted((engines.tp, per_node))
+    fits = low >= 1 and high % low == 0
+    says = f"rollout tp ({engines.tp}) and gpus per node ({per_node}): one {_must(fits)} the other"
+    yield Check("machines: an engine's GPUs", fits, says)
+    if machines.num_nodes is not None:
+        have, want = machines.num_nodes * per_node, ranks + engines.num_gpus
+        says = f"trainer + engines ({ranks} + {engines.num_gpus}) {'<=' if want <= have else '>'} "
+        yield Check("machines: GPUs", want <= have, says + f"nodes * gpus per node ({machines.num_nodes} * {per_node})")
+
+
+def _refusals(request: PlanRequest) -> Iterator[Check]:
+    given, clean = {**request.trainer_arguments}, True
+    for name, (want, why) in NEEDED.items():
+        if name in given and given[name] != want:
+            clean = False
+            yield Check(f"R3 in the trainer: {name}", False, f"{given[name]!r} != {want!r}: {why}")
+    if "sinkhorn" in str(given.get("moe_router_load_balancing_type", "")):
+        clean = False
+        yield Check("R3 in the trainer: load balancing", False, "'sinkhorn' != another type: it selects experts itself")
+    if given.get("batch_p2p_comm") and request.layout.vpp > 1 and request.layout.pp == 2:
+        clean = False
+        says = f"True != False with pp 2 and vpp {request.layout.vpp}: it mixes up the chunks' activations"
+        yield Check("R3 in the trainer: batch_p2p_comm", False, says)
+    if clean:
+        yield Check("R3 in the trainer", True, f"refuses none of the {len(given)} Megatron arguments given")
+    yield from _engine_refusals(request)
+
+
+def _engine_refusals(request: PlanRequest) -> Iterator[Check]:
+    given, clean = request.engines.arguments, True
+    for name, (allowed, why) in ENGINE_REFUSALS.items():
+        value = given.get(name)
+        if value is not None and value not in allowed:
+            clean = False
+            want = " or ".join(repr(each) for each in (*allowed, None))
+            yield Check(f"R3 in the engine: {name}", False, f"{value!r} != {want}: {why}")
+    if (backend := given.get("moe_runner_backend")) in _BYPASSING:
+        clean = False
+        says = f"{backend!r} != one that takes the router's experts: it chooses them itself"
+        yield Check("R3 in the engine: moe_runner_backend", False, says)
+    if clean:
+        yield Check("R3 in the engine", True, f"refuses none of the {len(given)} SGLang arguments given")

@@ -1,0 +1,140 @@
+"""The tables of a plan."""
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from r3_adapter.plan.checks import Check
+from r3_adapter.plan.plan import Figures, Plan
+
+Row = TypeVar("Row")
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print what a plan says; what failed comes last."""
+    model, facts, layout = plan.request.model, plan.request.model.facts, plan.request.layout
+    console.print(
+        f"[bold]{model.family}[/bold]: {facts.num_layers} layers, {len(facts.layer_ids)} of them MoE, "
+        f"{facts.num_experts} experts, top-{facts.topk}, {model.num_parameters() / 1e9:.1f} B parameters",
+        highlight=False,
+    )
+    console.print(f"{_where(plan)}\n", highlight=False)
+    if plan.figures is not None:
+        for table in _tables(plan, plan.figures):
+            console.print(table)
+            console.print()
+    console.print(checks_table(plan.checks))
+    for note in plan.notes:
+        console.print(f"Note: {note}", highlight=False)
+    failed = [check.name for check in plan.checks if not check.passed]
+    verdict = f"[red]does not fit[/red]: {'; '.join(failed)}" if failed else "[green]fits[/green]"
+    console.print(f"tp {layout.tp}, pp {layout.pp}, dp {layout.dp}: {verdict}", highlight=False)
+
+
+def checks_table(checks: list[Check]) -> Table:
+    """Return the checks with their operands, one a row."""
+    table = _table("Checks", "check", "")
+    table.columns[1].justify = "left"
+    table.add_column("operands")
+    for check in checks:
+        table.add_row(check.name, "ok" if check.passed else "NO", check.says, style="" if check.passed else "bold red")
+    return table
+
+
+def size(number: float) -> str:
+    """Return a number of bytes in the unit that leaves it below 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+        number /= 1024
+    return f"{number:,.1f} TiB"
+
+
+def _where(plan: Plan) -> str:
+    request, layout = plan.request, plan.request.layout
+    engines, per_node, ranks = request.engines, request.machines.gpus_per_node, plan.request.layout.world_size
+    batch = request.batch
+    sizes = ", ".join(f"{name} {getattr(layout, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"))
+    return (
+        f"trainer: {_gpus(ranks, per_node)}: {sizes}\n"
+        f"rollout: {_gpus(engines.num_gpus, per_node)}: {engines.num} engines of tp {engines.tp}\n"
+        f"step:    {batch.num_prompts:,} prompts x {batch.samples_per_prompt} samples of {batch.mean_prompt:,} + "
+        f"{batch.mean_response:,} tokens, at most {batch.max_prompt:,} + {batch.max_response:,}"
+    )
+
+
+def _gpus(num: int, per_node: int) -> str:
+    nodes = -(-num // per_node)
+    return f"{num} GPUs, {nodes} {'node' if nodes == 1 else 'nodes'} of {per_node}"
+
+
+def _tables(plan: Plan, found: Figures) -> Iterator[Table]:
+    table = _table("Routes on their way", "form", "a token", "mean sample", "longest", "a step")
+    for each in found.transports:
+        sample = (size(each.mean_sample), size(each.max_sample))
+        table.add_row(each.name, f"{each.token:,.1f} B", *sample, size(each.step))
+    yield table
+    columns = ("layers", "pulled", "read", "micro-batch", "longest", "in flight", "whole step")
+    table = _table("Routes of a trainer's rank, by pipeline stage", "stage", *columns)
+    table.caption = (
+        f"pulled from the store once a rollout step, {size(found.node_pulled)} by the busiest node, and read: uint8 or "
+        "uint16.\nThe rest: int16 on the GPU; a whole step is one of the optimizer."
+    )
+    for stage, layers, routes in _runs(plan, found, found.routes):
+        table.add_row(stage, layers, *(size(number) for number in routes))
+    yield table
+    yield _capture_table(plan, found)
+    yield _memory_table(plan, found)
+
+
+def _memory_table(plan: Plan, found: Figures) -> Table:
+    offload, names = plan.request.cpu_offload, ["weights", "gradients", "optimizer"]
+    names += ["reference"] if plan.request.reference else []
+    table = _table("Model states of a trainer's rank, by pipeline stage", "stage", "layers", "parameters", *names)
+    table.add_column("on the GPU", justify="right")
+    table.caption = "Activations come on top." + (" The optimizer's states are on the host." if offload else "")
+    for stage, layers, memory in _runs(plan, found, found.memory):
+        parts = [size(getattr(memory, name)) for name in names]
+        parameters = f"{sum(memory.parameters) / 1e9:.2f} B"
+        table.add_row(stage, layers, parameters, *parts, size(memory.on_device(cpu_offload=offload)))
+    return table
+
+
+def _capture_table(plan: Plan, found: Figures) -> Table:
+    engines, engine = plan.request.engines, found.engine
+    table = _table("Route buffers of an engine", "", "SGLang's own", "patched")
+    for name, field in (
+        ("on each GPU", "device"),
+        ("on the host, the rank that sends", "host_rank"),
+        ("on the host, all ranks", "host"),
+    ):
+        table.add_row(name, size(getattr(found.native, field)), size(getattr(found.patched, field)))
+    table.caption = (
+        f"{engine.num_slots:,} KV slots in a pool. On each GPU: weights {size(engine.weights)}, KV {size(engine.pool)} "
+        f"({size(engine.token)} a slot).\nA weight update: {size(found.weights)} to one engine, "
+        f"{size(found.weights * engines.num)} to all {engines.num}."
+    )
+    return table
+
+
+def _runs(plan: Plan, found: Figures, rows: Sequence[Row]) -> Iterator[tuple[str, str, Row]]:
+    """Yield stages with their layers, those that are next to each other and alike as one."""
+    moe = set(plan.request.model.facts.layer_ids)
+    counts = [[layer in moe for chunk in stage for layer in chunk] for stage in found.stages]
+    begin = 0
+    for stage in range(len(rows)):
+        own = (sum(counts[stage]), len(counts[stage]), rows[stage])
+        if stage + 1 < len(rows) and own == (sum(counts[stage + 1]), len(counts[stage + 1]), rows[stage + 1]):
+            continue
+        name = f"{begin}" if begin == stage else f"{begin} to {stage}"
+        yield name, f"{own[1]}" if own[0] == own[1] else f"{own[1]}, {own[0]} MoE", rows[stage]
+        begin = stage + 1
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", title_style="bold", min_width=90)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    return table
