@@ -247,7 +247,7 @@ def _report_runs(args: argparse.Namespace) -> int:
     from r3_adapter.report_page import write_page
 
     for run in write_page(args.out, args.runs):
-        print(last_line(run.summary(), args.out))
+        print(last_line(run.summary, args.out))
     return 0
 
 

@@ -210,7 +210,7 @@ def _rows() -> list[Row]:
         return lambda run: mean(list(run.series(figure).values()))
 
     def summed(key: str) -> Callable[[Run], float | None]:
-        return lambda run: run.summary().get(key)
+        return lambda run: run.summary.get(key)
 
     def bytes_a_token(run: Run) -> float | None:
         both = [step for step in run.steps if "routes" in step.get("bytes", {}) and step.get("response_tokens")]
@@ -254,7 +254,7 @@ def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def _collapsed(variant: Variant) -> str:
-    fallen = [run for run in variant.runs if run.summary()["collapsed"]]
+    fallen = [run for run in variant.runs if run.summary["collapsed"]]
     if not fallen:
         return "no"
     return f"<strong>{'yes' if len(variant.runs) == 1 else f'{len(fallen)} of {len(variant.runs)}'}</strong>"

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -82,7 +83,7 @@ class RunLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if kind is None:
-            write_json(self.folder / "summary.json", Run.load(self.folder).summary())
+            write_json(self.folder / "summary.json", Run.load(self.folder).summary)
 
     def step(self, number: int, metrics: Step) -> None:
         """Append a step; `step` and `time` are filled in.
@@ -182,8 +183,9 @@ class Run:
         found = ((step["step"], of(step)) for step in self.steps)
         return {step: float(value) for step, value in found if value is not None}
 
+    @cached_property
     def summary(self) -> dict[str, Any]:
-        """Return what summary.json holds."""
+        """What summary.json holds."""
         return summarize(self.name, self.steps, self.events)
 
 

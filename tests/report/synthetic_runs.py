@@ -84,7 +84,7 @@ def metrics_of(rng, variant, step, falls_at):
         "memory": {"trainer_rss": 2.1e9 + 1e5 * step, "engine_rss": 1.7e9, "object_store": 8e6 + 43.0 * tokens},
     }
     if step % 5 == 0:
-        drift = 0.02 + 0.0006 * step
+        drift = min(0.3, 0.02 + 0.0006 * step)
         step_metrics["agreement"] = {str(layer): 1 - noisy(drift * (1 + layer) / 8, 0.1) for layer in LAYERS}
     return step_metrics
 

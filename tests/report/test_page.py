@@ -77,7 +77,7 @@ def test_each_run_and_its_numbers_are_there(html, synthetic):
     text = " ".join(Elements(html).text)
     for run in runs_in(synthetic):
         assert run.name in text
-        assert f"{run.summary()['reward_last']:#.3g}" in text
+        assert f"{run.summary['reward_last']:#.3g}" in text
         assert f"{run.steps[0]['rows']['padding'] * len(run.steps):,}" in text
     assert "3 of 3" in text and "engine_restarted 1" in text and "digest 3f09.. != 77ab.." in text
     assert "use_tis" in text and "megatron-core 0.16.1" in text
@@ -146,6 +146,7 @@ def test_what_files_say_stays_text(tmp_path):
     assert found.tags.count("script") == 3 and "img" not in found.tags
     assert not [attribute for attribute in found.attributes if attribute[1].startswith("on")]
     assert MARKUP in "".join(found.text)
+    assert "<" not in re.search(r'id="charts">(.*?)</script>', html)[1]  # whatever a chart says, it ends no block
     drawn = json.dumps(charts_on(html))
     assert "&lt;img" in drawn and "<img" not in drawn and "<script" not in drawn
 
@@ -196,7 +197,7 @@ def test_the_command_says_how_each_run_went(synthetic, tmp_path, capsys):
 
 
 def test_last_line_leaves_out_what_nobody_recorded(tmp_path):
-    assert last_line(make(tmp_path, "x").summary(), tmp_path / "p") == f"x: 0 steps; no faults; {tmp_path / 'p'}"
+    assert last_line(make(tmp_path, "x").summary, tmp_path / "p") == f"x: 0 steps; no faults; {tmp_path / 'p'}"
 
 
 def test_progress_shows_reward_and_k3(capsys):

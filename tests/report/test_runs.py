@@ -62,7 +62,7 @@ def test_what_is_written_comes_back(tmp_path, config):
     assert {key: run.steps[0][key] for key in metrics} == metrics
     assert run.steps[0]["step"] == 0 and run.steps[0]["time"] > 1e9
     assert [(event["step"], event["kind"], event["what"]) for event in run.events] == [(0, "trace_lost", "sample 3")]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == run.summary()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == run.summary
 
 
 def test_tensorboard_has_each_number(tmp_path, config):
