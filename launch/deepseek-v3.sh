@@ -14,7 +14,7 @@ source "$(dirname "$0")/start.sh"
 HF_CHECKPOINT=${HF_CHECKPOINT:-/shared/DeepSeek-V3-bf16}
 RUN_DIR=${RUN_DIR:-runs/deepseek-v3}
 MODEL_CONFIG=${MODEL_CONFIG:-launch/configs/deepseek-v3.json}
-TASK=${TASK:-gsm8k}
+TASK=${TASK:-sort} # "package.module:Class" of your own, see r3_adapter/rl/tasks.py:Task
 RAY_ADDRESS=${RAY_ADDRESS:-auto}
 NUM_NODES=${NUM_NODES:-24}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
@@ -35,7 +35,6 @@ LAYOUT_ARGS=(
     --expert-tensor-parallel-size 1
     --data-parallel-size 1
     --micro-batch-size 1
-    --qkv-format thd
     --recompute-granularity full
     --use-distributed-optimizer
 )

@@ -40,7 +40,7 @@ def main() -> None:
             Loop(options, observe).run()
     page = args.save / "report.html"
     (run,) = write_page(page, [args.save])
-    print(last_line(run.summary(), page))
+    print(last_line(run.summary, page))
 
 
 def parse() -> argparse.Namespace:
@@ -51,7 +51,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", help="of the run, in reports; default: the folder's")
     parser.add_argument("--hf-checkpoint", type=Path, help="the first weights")
     parser.add_argument("--ray-address", help="of a cluster; default: one is started on this machine")
-    parser.add_argument("--task", default="sort")
+    parser.add_argument("--task", default="sort", help="sort, add, or package.module:Class of your own")
+    parser.add_argument("--save-interval", type=int, default=20, metavar="N", help="steps between checkpoints")
+    parser.add_argument("--gpus-per-rank", type=float, default=0, metavar="N", help="of trainer and engines; 0: none")
     parser.add_argument("--sft-steps", type=int, default=150, help="supervised steps of the tiny model before the run")
     return parser.parse_args()
 
@@ -93,8 +95,13 @@ def policy_of(args: argparse.Namespace) -> PolicyOptions:
         num_steps=args.num_steps_per_rollout,
         lr=args.lr,
         clip_grad=args.clip_grad,
+        cpu_offload=args.optimizer_cpu_offload,
         trainer=TrainerOptions(
-            qkv_format="thd", recompute=recompute, distributed_optimizer=args.use_distributed_optimizer
+            qkv_format="thd",
+            recompute=recompute,
+            distributed_optimizer=args.use_distributed_optimizer,
+            pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
+            megatron_arguments=args.megatron_args,
         ),
     )
 
@@ -115,6 +122,7 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
             radix_cache=True,
             random_seed=args.seed,
             max_running_requests=args.rollout_batch_size * args.n_samples_per_prompt,
+            extra=args.sglang_args,
         ),
         task=args.task,
         sampling_params={
@@ -129,6 +137,9 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
         lag=args.rollout_lag,
         num_rollouts=args.num_rollout,
         seed=args.seed,
+        save_interval=args.save_interval,
+        num_gpus_per_rank=args.gpus_per_rank,
+        num_gpus_per_engine=args.gpus_per_rank * args.rollout_tp_size,
         config={
             "name": args.name or args.save.name,
             "flags": flags,

@@ -20,7 +20,7 @@ source "$(dirname "$0")/start.sh"
 HF_CHECKPOINT=${HF_CHECKPOINT:-/shared/Qwen3-235B-A22B}
 RUN_DIR=${RUN_DIR:-runs/qwen3-235b-a22b}
 MODEL_CONFIG=${MODEL_CONFIG:-launch/configs/qwen3-235b-a22b.json}
-TASK=${TASK:-gsm8k}
+TASK=${TASK:-sort} # "package.module:Class" of your own, see r3_adapter/rl/tasks.py:Task
 RAY_ADDRESS=${RAY_ADDRESS:-auto}
 NUM_NODES=${NUM_NODES:-24}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
@@ -41,7 +41,6 @@ LAYOUT_ARGS=(
     --expert-tensor-parallel-size 1
     --data-parallel-size 4
     --micro-batch-size 1
-    --qkv-format thd
     --recompute-granularity full
     --use-distributed-optimizer
 )

@@ -11,7 +11,7 @@ source "$(dirname "$0")/start.sh"
 HF_CHECKPOINT=${HF_CHECKPOINT:-/models/Qwen3-30B-A3B}
 RUN_DIR=${RUN_DIR:-runs/qwen3-30b-a3b}
 MODEL_CONFIG=${MODEL_CONFIG:-launch/configs/qwen3-30b-a3b.json}
-TASK=${TASK:-gsm8k}
+TASK=${TASK:-sort} # "package.module:Class" of your own, see r3_adapter/rl/tasks.py:Task
 NUM_NODES=${NUM_NODES:-1}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 GPU_MEMORY_GIB=${GPU_MEMORY_GIB:-79}
@@ -30,7 +30,6 @@ LAYOUT_ARGS=(
     --expert-tensor-parallel-size 1
     --data-parallel-size 2
     --micro-batch-size 1
-    --qkv-format thd
     --recompute-granularity full
     --use-distributed-optimizer
     --optimizer-cpu-offload

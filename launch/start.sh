@@ -17,7 +17,7 @@ r3_show() {
 
 r3_start() {
     local flags=("${R3_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${POLICY_ARGS[@]}")
-    local run=(--hf-checkpoint "$HF_CHECKPOINT" --save "$RUN_DIR/checkpoint" --run-dir "$RUN_DIR" --task "$TASK")
+    local run=(--hf-checkpoint "$HF_CHECKPOINT" --save "$RUN_DIR" --task "$TASK" --gpus-per-rank 1)
     [ -z "${RAY_ADDRESS:-}" ] || run+=(--ray-address "$RAY_ADDRESS")
     if [ "${DRY_RUN:-0}" = 1 ]; then
         r3_show "${PYTHON:-.venv/bin/python}" launch/grpo.py "${run[@]}" "${flags[@]}" "$@"

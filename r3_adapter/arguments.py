@@ -42,7 +42,6 @@ def add_layout_arguments(parser: Parser) -> Parser:
     group.add_argument("--use-distributed-optimizer", action="store_true")
     group.add_argument("--optimizer-cpu-offload", action="store_true", help="keep the optimizer's state on the host")
     group.add_argument("--micro-batch-size", type=int, default=4, metavar="N")
-    group.add_argument("--qkv-format", choices=("sbhd", "thd"), default="thd", help="padded batches, or packed")
     group.add_argument(
         "--megatron-args", type=_json_object, default={}, metavar="JSON", help="more fields of TransformerConfig"
     )

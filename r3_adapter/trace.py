@@ -119,13 +119,16 @@ class RoutingTrace:
     __hash__ = None  # type: ignore[assignment]
 
     def digest(self) -> str:
-        """Return the sha256 over everything that the trace says."""
+        """Return the sha256 over everything that the trace says; computed once."""
+        if "_digest" in self.__dict__:
+            return str(self.__dict__["_digest"])
         state = hashlib.sha256(json.dumps([FORMAT, self.num_experts, self.weight_versions]).encode())
         for name in _RANKS:
             array = getattr(self, name)
             state.update(f"{name}{array.shape}{array.dtype.str}".encode())
             state.update(array)
-        return state.hexdigest()
+        object.__setattr__(self, "_digest", state.hexdigest())
+        return self.digest()
 
     def to_bytes(self) -> bytes:
         """Return the file and wire form: safetensors with num_experts, weight_versions and digest as metadata."""

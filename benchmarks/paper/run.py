@@ -157,7 +157,7 @@ def train(args: argparse.Namespace, name: str, variant: Variant, seed: int, out:
     options = loop_options(args, out / "run", checkpoint, seed, variant.options)
     config = {**options.config, "name": f"{name}-seed{seed}"}
     Loop(replace(options, config=config)).run()
-    summary = Run.load(out / "run").summary()
+    summary = Run.load(out / "run").summary
     print("  " + ", ".join(f"{key} {summary[key]:.3g}" for key in ("reward_first", "reward_last", "k3")), flush=True)
 
 
@@ -234,7 +234,7 @@ def results(args: argparse.Namespace) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name in variants(args.lr):
         runs = [Run.load(run_of(args, name, seed) / "run") for seed in seeds]
-        summaries = [run.summary() for run in runs]
+        summaries = [run.summary for run in runs]
         table[name] = {
             "k3": average([each["k3"] for each in summaries]),
             "f2": average([each["f_2"] for each in summaries]),

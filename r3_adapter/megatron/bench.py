@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     """Time the steps; rank 0 writes {"live": [seconds], "replay": [seconds], "prepare": [seconds]}."""
     path, rank = Path(argv[0]), int(argv[1])
     request = ScoreRequest(**json.loads(path.read_text(encoding="utf-8")))
-    layout, options = ParallelLayout(**request.layout), TrainerOptions(**request.options)  # type: ignore[arg-type]
+    layout, options = ParallelLayout(**request.layout), TrainerOptions(**request.options)
     device = initialize(layout, rank, f"file://{request.rendezvous}")
     chunks, optimizer = build_optimizer(
         build_model(Path(request.checkpoint), layout, options), distributed=options.distributed_optimizer

@@ -110,7 +110,7 @@ def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> to
         pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         position_embedding_type="rope",
-        rotary_base=hf["rope_parameters"]["rope_theta"],
+        rotary_base=_rope(hf)["rope_theta"],
         share_embeddings_and_output_weights=hf["tie_word_embeddings"],
         vp_stage=vp_stage,
     )
@@ -118,9 +118,17 @@ def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> to
 
 
 def build_optimizer(
-    chunks: Sequence[torch.nn.Module], *, distributed: bool, lr: float = 1e-4, clip_grad: float = 1.0
+    chunks: Sequence[torch.nn.Module],
+    *,
+    distributed: bool,
+    lr: float = 1e-4,
+    clip_grad: float = 1.0,
+    cpu_offload: bool = False,
 ) -> tuple[list[torch.nn.Module], Any]:
-    """Wrap the chunks in Megatron's data parallelism, and make its Adam; return both."""
+    """Wrap the chunks in Megatron's data parallelism, and make its Adam; return both.
+
+    cpu_offload: keep the optimizer's state on the host.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.utils import get_model_config
@@ -138,6 +146,8 @@ def build_optimizer(
         bf16=config.bf16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=distributed,
+        optimizer_cpu_offload=cpu_offload,
+        optimizer_offload_fraction=1.0 if cpu_offload else 0.0,
     )
     optimizer = get_megatron_optimizer(optimizer_config, wrapped)
     config.finalize_model_grads_func = finalize_model_grads
@@ -157,13 +167,13 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, options: T
 
     if hf.get("model_type") != "qwen3_moe":
         raise ReplayError(f"model_type {hf.get('model_type')!r} != 'qwen3_moe', which has a table of weights")
-    rope = hf["rope_parameters"]["rope_type"]
+    rope = _rope(hf)["rope_type"]
     if rope != "default" or hf["attention_bias"] or hf["use_sliding_window"] or hf["hidden_act"] != "silu":
         raise ReplayError(f"rope {rope!r}, attention_bias, use_sliding_window or hidden_act: not Qwen3-MoE's defaults")
     dtype = getattr(torch, hf.get("dtype") or hf["torch_dtype"])
     dense = set(hf["mlp_only_layers"])
     step, layers = hf["decoder_sparse_step"], hf["num_hidden_layers"]
-    return TransformerConfig(
+    fields = dict(
         num_layers=layers,
         hidden_size=hf["hidden_size"],
         num_attention_heads=hf["num_attention_heads"],
@@ -217,6 +227,16 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, options: T
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
+    return TransformerConfig(**{**fields, **options.megatron_arguments})
+
+
+def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return type and base; before transformers 5 they lay in two fields, and do so in published checkpoints."""
+    if "rope_parameters" in hf:
+        return dict(hf["rope_parameters"])
+    scaling = hf.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    return {"rope_type": kind, "rope_theta": hf["rope_theta"]}
 
 
 def _check_all_read(folder: Path, names: frozenset[str], used: list[str]) -> None:

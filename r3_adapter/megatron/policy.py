@@ -38,6 +38,7 @@ class PolicyOptions:
     replay: "r3" replays the rollout's routes, in the pass for old log-probabilities too; "r2" those of that pass.
     staleness: what becomes of rows of other weights than the trainer's; with "r3" only.
     num_steps: optimizer steps on a batch, each on an equal share of its micro-batches.
+    cpu_offload: keep the optimizer's state on the host.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -46,6 +47,7 @@ class PolicyOptions:
     num_steps: int = 1
     lr: float = 1e-4
     clip_grad: float = 1.0
+    cpu_offload: bool = False
     trainer: TrainerOptions = field(default_factory=lambda: TrainerOptions(qkv_format="thd"))
 
 
@@ -117,6 +119,7 @@ class PolicyTrainer:
             distributed=options.trainer.distributed_optimizer,
             lr=options.lr,
             clip_grad=options.clip_grad,
+            cpu_offload=options.cpu_offload,
         )
         self.reference = build_model(reference, layout, options.trainer) if reference else None
         self._replay_seconds_per_token = 0.0

@@ -1,7 +1,8 @@
 """What the trainer's processes are asked to do."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 QkvFormat = Literal["sbhd", "thd"]
 Recompute = Literal["none", "full", "moe"]
@@ -19,6 +20,7 @@ class TrainerOptions:
     distributed_optimizer: share the optimizer's state out over data-parallel ranks.
     pipeline_model_parallel_layout: Megatron's string that says which layers each stage and chunk has. The fields after
         it are Megatron's own too: other ways to share the layers out unevenly.
+    megatron_arguments: more fields of TransformerConfig, which win over what the checkpoint and these options say.
     """
 
     dispatcher: Dispatcher = "alltoall"
@@ -31,6 +33,7 @@ class TrainerOptions:
     num_layers_in_last_pipeline_stage: int | None = None
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
+    megatron_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,5 +50,5 @@ class ScoreRequest:
     out: str
     rendezvous: str
     layout: dict[str, int]
-    options: dict[str, int | str | bool | None]
+    options: dict[str, Any]
     passes: tuple[str, ...]

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     """Score on this rank, and write what it knows to the request's out folder."""
     path, rank = Path(argv[0]), int(argv[1])
     request = ScoreRequest(**json.loads(path.read_text(encoding="utf-8")))
-    layout, options = ParallelLayout(**request.layout), TrainerOptions(**request.options)  # type: ignore[arg-type]
+    layout, options = ParallelLayout(**request.layout), TrainerOptions(**request.options)
     device = initialize(layout, rank, f"file://{request.rendezvous}")
     chunks = build_model(Path(request.checkpoint), layout, options)
     optimizer = None

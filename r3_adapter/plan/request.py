@@ -7,7 +7,6 @@ from typing import Any
 
 from r3_adapter.errors import LayoutError
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens
-from r3_adapter.megatron.request import QkvFormat
 from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.stages import Stages, even_stages, stages_of
 
@@ -39,7 +38,6 @@ class Batch:
     max_response: int
     micro_batch_size: int
     steps: int
-    qkv_format: QkvFormat
 
     @property
     def num_samples(self) -> int:
@@ -61,8 +59,6 @@ class Batch:
         """Return T, the tokens of a rank's MoE layers in a micro-batch of samples of this length, padding included."""
         multiple = length_multiple(layout)
         room = -(-length // multiple) * multiple
-        if self.qkv_format == "sbhd":
-            return local_num_tokens(Packing.padded(self.micro_batch_size, room), layout)
         return local_num_tokens(Packing.packed([room * i for i in range(self.micro_batch_size + 1)]), layout)
 
 
@@ -155,7 +151,6 @@ class PlanRequest:
                 max_response=max_response,
                 micro_batch_size=args.micro_batch_size,
                 steps=args.num_steps_per_rollout,
-                qkv_format=args.qkv_format,
             ),
             engines=Engines(args.rollout_num_engines, args.rollout_tp_size, args.sglang_args),
             machines=Machines(args.gpus_per_node, round(args.gpu_memory_gib * (1 << 30)), args.num_nodes),

@@ -11,7 +11,7 @@ import psutil
 import ray
 
 from r3_adapter.errors import R3Error
-from r3_adapter.ray.shards import SampleRef, put_sample
+from r3_adapter.ray.shards import Judged, SampleRef, put_group
 from r3_adapter.rl.tasks import Task, task_named
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.conversation import Conversation
@@ -73,11 +73,13 @@ class RolloutActor:
             result.lost = f"{type(error).__name__}: {error}"
             return result
         start = time.perf_counter()
-        for index, (samples, reward) in enumerate(talks):
-            result.rewards.append(reward)
-            for part, sample in enumerate(samples):
-                place = {"group": group.number, "index": index, "part": part}
-                result.samples.append(put_sample(sample, self._stages, reward=reward, **place))
+        result.rewards = [reward for _, reward in talks]
+        judged = [
+            Judged(sample, index, part, reward)
+            for index, (samples, reward) in enumerate(talks)
+            for part, sample in enumerate(samples)
+        ]
+        result.samples = put_group(group.number, judged, self._stages)
         result.seconds["transport"] += time.perf_counter() - start
         if group.number == 0:
             own = psutil.Process()

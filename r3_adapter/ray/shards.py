@@ -1,10 +1,10 @@
-"""Samples in Ray's object store: one object for each pipeline stage, with the routes of that stage's layers.
+"""Samples in Ray's object store: objects for each pipeline stage, with the routes of that stage's layers.
 
 Ray brings an object once to each node that asks for it, into memory that the node's ranks share: a rank reads its own
 share of it there, and copies nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from r3_adapter.errors import R3Error, TraceError
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
 
+# An object costs as much as moving this many bytes.
+_OBJECT_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class SampleRef:
@@ -22,8 +25,8 @@ class SampleRef:
 
     group: number of the prompt in its batch; index: of the conversation in the group; part: of the sample in the
         conversation, more than one where the engine computed turns again.
-    shards: an object for each pipeline stage; digests: of the trace in each.
-    num_bytes: of all shards.
+    shards: an object for each pipeline stage; place: of the sample in each; digests: of its trace in each.
+    num_bytes: of its routes, of all stages.
     weight_versions: of the rows.
     """
 
@@ -34,6 +37,7 @@ class SampleRef:
     num_tokens: int
     num_sampled: int
     shards: tuple["ray.ObjectRef[Any]", ...]
+    place: int
     digests: tuple[str, ...]
     num_bytes: int
     weight_versions: tuple[str, ...]
@@ -43,48 +47,82 @@ class SampleRef:
         return f"prompt {self.group}, sample {self.index}.{self.part}"
 
 
-def put_sample(
-    sample: Sample, stages: Sequence[Sequence[int]], *, group: int, index: int, part: int, reward: float
-) -> SampleRef:
-    """Put a sample into the object store; stages: the global MoE layers of each pipeline stage."""
-    shards, digests, num_bytes = [], [], 0
-    for layers in stages:
-        # A stage without MoE layers needs the tokens all the same.
-        trace = sample.trace.at_layers(layers or sample.trace.layer_ids[:1].tolist())
-        data = trace.to_bytes()
-        shard = {
-            "trace": np.frombuffer(data, np.uint8),
-            "logprobs": sample.logprobs,
-            "sampled": sample.sampled,
-            "num_prompt_tokens": sample.num_prompt_tokens,
-        }
-        shards.append(ray.put(shard))
-        digests.append(trace.digest())
-        num_bytes += len(data)
-    return SampleRef(
-        group=group,
-        index=index,
-        part=part,
-        reward=reward,
-        num_tokens=sample.trace.num_tokens,
-        num_sampled=int(sample.sampled.sum()),
-        shards=tuple(shards),
-        digests=tuple(digests),
-        num_bytes=num_bytes,
-        weight_versions=sample.trace.weight_versions,
-    )
+@dataclass(frozen=True)
+class Judged:
+    """A sample of a group, with its reward; index and part as in SampleRef."""
+
+    sample: Sample
+    index: int
+    part: int
+    reward: float
+
+
+def put_group(group: int, judged: Sequence[Judged], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
+    """Put the samples of a prompt into the object store; stages: the global MoE layers of each pipeline stage."""
+    refs: list[SampleRef] = []
+    for batch in _batches(judged):
+        shards, traces = [], []
+        for layers in stages:
+            # A stage without MoE layers needs the tokens all the same.
+            cut = [each.sample.trace.at_layers(layers or each.sample.trace.layer_ids[:1].tolist()) for each in batch]
+            shards.append(ray.put([_shard(each.sample, trace) for each, trace in zip(batch, cut, strict=True)]))
+            traces.append(cut)
+        for place, each in enumerate(batch):
+            mine = [cut[place] for cut in traces]
+            refs.append(
+                SampleRef(
+                    group=group,
+                    index=each.index,
+                    part=each.part,
+                    reward=each.reward,
+                    num_tokens=each.sample.trace.num_tokens,
+                    num_sampled=int(each.sample.sampled.sum()),
+                    shards=tuple(shards),
+                    place=place,
+                    digests=tuple(trace.digest() for trace in mine),
+                    num_bytes=sum(trace.topk_ids.nbytes for trace in mine),
+                    weight_versions=each.sample.trace.weight_versions,
+                )
+            )
+    return refs
+
+
+def _batches(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """Share samples out over objects: small ones have one together, a large one has its own."""
+    batches: list[list[Judged]] = []
+    room = 0
+    for each in judged:
+        size = each.sample.trace.topk_ids.nbytes
+        if size > room:
+            batches.append([])
+            room = _OBJECT_BYTES
+        batches[-1].append(each)
+        room -= size
+    return batches
+
+
+def _shard(sample: Sample, trace: RoutingTrace) -> dict[str, Any]:
+    return {
+        "trace": np.frombuffer(trace.to_bytes(), np.uint8),
+        "logprobs": sample.logprobs,
+        "sampled": sample.sampled,
+        "num_prompt_tokens": sample.num_prompt_tokens,
+    }
 
 
 def get_samples(refs: Sequence[SampleRef], stage: int, *, timeout: float) -> tuple[list[Sample], dict[int, str]]:
-    """Get a stage's shards; return the samples, and by its place what is wrong with each that is lost or damaged.
+    """Get a stage's shards; return the samples, and by its number what is wrong with each that is lost or damaged.
 
     Nothing is copied: the traces are views of the object store.
     """
     samples, problems = [], dict[int, str]()
-    for place, (ref, shard) in enumerate(zip(refs, _get_all(refs, stage, timeout), strict=True)):
+    objects = _get_all({ref.shards[stage] for ref in refs}, timeout)
+    for number, ref in enumerate(refs):
+        found = objects[ref.shards[stage]]
         try:
-            if isinstance(shard, Exception):
-                raise R3Error(f"lost: {type(shard).__name__}")
+            if isinstance(found, Exception):
+                raise R3Error(f"lost: {type(found).__name__}")
+            shard = found[ref.place]
             trace = RoutingTrace.from_bytes(shard["trace"].data, place=ref.name)
             if (digest := trace.digest()) != ref.digests[stage]:
                 raise TraceError(
@@ -92,16 +130,17 @@ def get_samples(refs: Sequence[SampleRef], stage: int, *, timeout: float) -> tup
                 )
             samples.append(Sample(trace, shard["num_prompt_tokens"], shard["logprobs"], 0, shard["sampled"]))
         except R3Error as error:
-            problems[place] = str(error)
+            problems[number] = str(error)
     return samples, problems
 
 
-def _get_all(refs: Sequence[SampleRef], stage: int, timeout: float) -> list[Any]:
-    wanted = [ref.shards[stage] for ref in refs]
+def _get_all(wanted: Collection["ray.ObjectRef[Any]"], timeout: float) -> dict["ray.ObjectRef[Any]", Any]:
+    """Return the objects, and an exception in place of each that is lost."""
+    refs = list(wanted)
     try:
-        return list(ray.get(wanted, timeout=timeout))
+        return dict(zip(refs, ray.get(refs, timeout=timeout), strict=True))
     except ray.exceptions.RayError:
-        return [_get_one(shard, timeout) for shard in wanted]
+        return {ref: _get_one(ref, timeout) for ref in refs}
 
 
 def _get_one(shard: "ray.ObjectRef[Any]", timeout: float) -> Any:

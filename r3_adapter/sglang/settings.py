@@ -60,7 +60,8 @@ class EngineSettings:
             arguments["routed_experts_format"] = self.routed_experts_format
         if not gpu:
             arguments |= {"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch"}
-            arguments |= {"mem_fraction_static": 0.1, "chunked_prefill_size": 256}
+            # A scheduler that polls would take a core from the trainer that shares the machine.
+            arguments |= {"mem_fraction_static": 0.1, "chunked_prefill_size": 256, "sleep_on_idle": True}
         if self.perturb is not None or not gpu:
             arguments["disable_cuda_graph"] = True
         arguments["disable_overlap_schedule"] = not (gpu if self.overlap is None else self.overlap)

@@ -71,11 +71,11 @@ def trace_lost(loop: Loop) -> None:
 def trace_damaged(loop: Loop) -> None:
     def flip(plan: Any) -> None:
         item = plan[0][0][0]
-        shard = dict(ray.get(item.ref.shards[0]))
+        shard = dict(ray.get(item.ref.shards[0])[item.ref.place])
         data = np.array(shard["trace"])
         data[-1] ^= 1
-        shards = (ray.put(shard | {"trace": data}), *item.ref.shards[1:])
-        plan[0][0][0] = replace(item, ref=replace(item.ref, shards=shards))
+        shards = (ray.put([shard | {"trace": data}]), *item.ref.shards[1:])
+        plan[0][0][0] = replace(item, ref=replace(item.ref, shards=shards, place=0))
 
     on_next_load(loop, flip)
 
@@ -84,8 +84,9 @@ def trace_damaged(loop: Loop) -> None:
 def traces_swapped(loop: Loop) -> None:
     def swap(plan: Any) -> None:
         one, other = plan[0][0][0], plan[0][0][1]
-        plan[0][0][0] = replace(one, ref=replace(one.ref, shards=other.ref.shards))
-        plan[0][0][1] = replace(other, ref=replace(other.ref, shards=one.ref.shards))
+        for item, ref in ((one, other.ref), (other, one.ref)):
+            at = plan[0][0].index(item)
+            plan[0][0][at] = replace(item, ref=replace(item.ref, shards=ref.shards, place=ref.place))
 
     on_next_load(loop, swap)
 

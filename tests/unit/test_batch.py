@@ -19,7 +19,7 @@ LAYOUTS = [ParallelLayout(), ParallelLayout(dp=3), ParallelLayout(pp=2, vpp=2, d
 
 
 def ref(group: int, index: int, length: int, reward: float = 0.0, part: int = 0) -> SampleRef:
-    return SampleRef(group, index, part, reward, length + 3, length, (), (), 10 * length, ("0",))
+    return SampleRef(group, index, part, reward, length + 3, length, (), 0, (), 10 * length, ("0",))
 
 
 def rollouts(lengths: list[int], size: int = 4) -> list[Rollout]:

@@ -46,5 +46,7 @@ def test_prompts_are_the_same_for_the_same_seed() -> None:
 
 
 def test_there_is_no_other_task() -> None:
-    with pytest.raises(R3Error, match="'chess' is none of"):
-        task_named("chess")
+    for name in ("chess", "r3_adapter.rl.tasks:Chess", "no.such.module:Task"):
+        with pytest.raises(R3Error, match=f"'{name}' is none of"):
+            task_named(name)
+    assert task_named("r3_adapter.rl.tasks:SortDigits") == SortDigits()
