@@ -24,6 +24,8 @@ def cluster(address: str | None = None, *, num_cpus: int = 64, object_store_byte
         raise R3Error("Ray is connected already; start the loop in a process of its own")
     if address is None:
         _stay_on_loopback()
+        # Its workers would give way to everything else on the machine, but here they are what it is for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             num_cpus=num_cpus,
             object_store_memory=object_store_bytes,
