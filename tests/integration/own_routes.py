@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -225,7 +224,7 @@ def different(want: Mapping[Any, Any], have: Mapping[Any, Any]) -> list[Any]:
 def main(argv: Sequence[str]) -> None:
     """Run all steps, and compare."""
     layout, options, rank = ParallelLayout.smallest(**json.loads(argv[0])), json.loads(argv[1]), int(argv[3])
-    device = initialize(layout, rank, Path(argv[2]))
+    device = initialize(layout, rank, f"file://{argv[2]}")
     (model,), _ = build_optimizer([build(layout, options)], distributed=False)
     rng = np.random.default_rng(0)
     samples = []
