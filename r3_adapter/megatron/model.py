@@ -209,10 +209,6 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, options: T
         calculate_per_token_loss=True,
         variable_seq_lengths=options.qkv_format == "thd",
         pipeline_model_parallel_layout=options.pipeline_model_parallel_layout,
-        num_layers_in_first_pipeline_stage=options.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=options.num_layers_in_last_pipeline_stage,
-        account_for_embedding_in_pipeline_split=options.account_for_embedding_in_pipeline_split,
-        account_for_loss_in_pipeline_split=options.account_for_loss_in_pipeline_split,
         **_RECOMPUTE[options.recompute],
         # Batched sends to one peer from two chunks at once mix up: interleaving trains wrongly with them.
         overlap_p2p_comm=layout.vpp > 1,

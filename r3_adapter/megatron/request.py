@@ -18,8 +18,7 @@ class TrainerOptions:
 
     micro_batch_size: samples in a forward pass of a data-parallel rank.
     distributed_optimizer: share the optimizer's state out over data-parallel ranks.
-    pipeline_model_parallel_layout: Megatron's string that says which layers each stage and chunk has. The fields after
-        it are Megatron's own too: other ways to share the layers out unevenly.
+    pipeline_model_parallel_layout: Megatron's string that says which layers each stage and chunk has.
     megatron_arguments: more fields of TransformerConfig, which win over what the checkpoint and these options say.
     """
 
@@ -29,10 +28,6 @@ class TrainerOptions:
     micro_batch_size: int = 2
     distributed_optimizer: bool = False
     pipeline_model_parallel_layout: str | None = None
-    num_layers_in_first_pipeline_stage: int | None = None
-    num_layers_in_last_pipeline_stage: int | None = None
-    account_for_embedding_in_pipeline_split: bool = False
-    account_for_loss_in_pipeline_split: bool = False
     megatron_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -39,12 +39,20 @@ LAYOUTS: Mapping[str, Case] = {
     "pp 2, vpp 2, uneven": ({"pp": 2, "vpp": 2}, {"pipeline_model_parallel_layout": "Et|ttt|tt|ttL"}),
     "pp 3, uneven first and last stages": (
         {"pp": 3},
-        {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
+        {"megatron_arguments": {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3}},
     ),
-    "pp 2, vpp 2, smaller first stage": ({"pp": 2, "vpp": 2}, {"num_layers_in_first_pipeline_stage": 2}),
+    "pp 2, vpp 2, smaller first stage": (
+        {"pp": 2, "vpp": 2},
+        {"megatron_arguments": {"num_layers_in_first_pipeline_stage": 2}},
+    ),
     "pp 5, embedding and loss counted as layers": (
         {"pp": 5},
-        {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+        {
+            "megatron_arguments": {
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            }
+        },
     ),
     "cp 2, recompute full": ({"cp": 2}, {"recompute": "full"}),
     "cp 2, tp 2, ep 2, packed": ({"cp": 2, "tp": 2, "ep": 2, "etp": 1}, {"qkv_format": "thd"}),
