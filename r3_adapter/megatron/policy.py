@@ -185,6 +185,9 @@ class PolicyTrainer:
         num_bytes = self.export(folder)
         state = {"optimizer": self.optimizer.state_dict(), "version": self.version, "layout": str(self.layout)}
         torch.save(state, folder / f"optimizer.{self.rank}.pt")
+        if self.options.trainer.distributed_optimizer:
+            # Its state_dict has no tensors: they are gathered from the data-parallel ranks.
+            self.optimizer.save_parameter_state(str(folder / f"parameters.{self.rank}.pt"))
         return num_bytes
 
     def load_optimizer(self, folder: Path) -> None:
@@ -197,6 +200,9 @@ class PolicyTrainer:
         if state["layout"] != str(self.layout):
             raise ReplayError(f"{folder}: optimizer of {state['layout']} != {self.layout}")
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.options.trainer.distributed_optimizer:
+            with torch.no_grad():
+                self.optimizer.load_parameter_state(str(folder / f"parameters.{self.rank}.pt"))
         self.version = state["version"]
 
     def _batches(self, micro_batches: Sequence[Sequence[Item]]) -> list[MicroBatch]:

@@ -113,6 +113,9 @@ class RolloutPool:
         try:
             rollout = ray.get(ref)
             why = rollout.lost
+        except ray.exceptions.RayTaskError as error:
+            # The request is at fault, not the engine.
+            why = _short(error)
         except ray.exceptions.RayError as error:
             why = _short(error)
             self._restart(asked.engine, asked.life, why)

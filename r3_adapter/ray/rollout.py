@@ -95,17 +95,14 @@ class RolloutActor:
         talk = Conversation(prompt, self._engine.facts, place=f"prompt {group.number}, sample {index}")
         for turn in range(task.max_turns):
             before, version = len(talk.tokens), self._engine.weight_version
-            reply = await self._engine.reply(talk.tokens, self._params, start=talk.start)
-            start = time.perf_counter()
             try:
-                talk.take(reply)
+                self._take(talk, await self._ask(talk), result)
             except R3Error:
                 if not talk.start:
                     raise
                 # The cache has lost the turns before, or the weights have changed: compute them again with this one.
                 talk.start = 0
-                talk.take(await self._engine.reply(talk.tokens, self._params))
-            result.seconds["capture"] += time.perf_counter() - start
+                self._take(talk, await self._ask(talk), result)
             said = talk.tokens[before:]
             answer = task.reply(prompt, said, turn)
             if answer is None or turn + 1 == task.max_turns:
@@ -114,3 +111,14 @@ class RolloutActor:
             if version != self._engine.weight_version:
                 talk.start = 0
         return talk.samples(), task.reward(prompt, said)
+
+    async def _ask(self, talk: Conversation) -> Any:
+        return await self._engine.reply(talk.tokens, self._params, start=talk.start)
+
+    @staticmethod
+    def _take(talk: Conversation, reply: Any, result: Rollout) -> None:
+        start = time.perf_counter()
+        try:
+            talk.take(reply)
+        finally:
+            result.seconds["capture"] += time.perf_counter() - start

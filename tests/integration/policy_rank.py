@@ -24,14 +24,17 @@ def main(argv: Sequence[str]) -> None:
         trainer=TrainerOptions(qkv_format="thd", **request["trainer"]),
         **request["options"],
     )
+    folder = Path(request["checkpoint"])
     trainer = PolicyTrainer(
-        Path(request["checkpoint"]),
+        folder,
         layout,
         rank,
         request["rendezvous"],
         options,
-        reference=Path(request["checkpoint"]) if options.objective.kl_coef else None,
+        reference=folder if options.objective.kl_coef else None,
     )
+    if request["resume"]:
+        trainer.load_optimizer(folder)
     trainer.export(out / "before")
     samples = load_samples(Path(request["samples"]))
     items = [
@@ -40,8 +43,10 @@ def main(argv: Sequence[str]) -> None:
     ]
     mine = items[layout.coords(rank).dp_rank :: layout.dp]
     size = request["micro_batch_size"]
-    figures = trainer.step([mine[i : i + size] for i in range(0, len(mine), size)], count_agreement=True)
-    trainer.export(out / "after")
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    for step in range(request["num_steps"]):
+        figures = trainer.step(batches, count_agreement=True)
+        trainer.save(out / f"after {step + 1}")
     (out / f"{rank}.json").write_text(json.dumps(asdict(figures)), encoding="utf-8")
 
 

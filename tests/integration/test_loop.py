@@ -13,7 +13,7 @@ from r3_adapter.rl.tasks import VOCABULARY
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
 pytestmark = pytest.mark.engine
-SHAPE = TinyModel(num_layers=2, num_experts=8, topk=2, hidden_size=32, vocab_size=VOCABULARY, max_length=64)
+SHAPE = TinyModel(num_layers=2, num_experts=8, topk=2, hidden_size=32, vocab_size=VOCABULARY, max_length=256)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,8 @@ def run(
     *,
     objective: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
+    num_steps: int = 1,
+    resume: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     # The trainer's weights are number 0; the engine that these samples come from has another name for them.
@@ -53,6 +55,8 @@ def run(
         "options": options,
         "weights": [1.0 + index % 3 / 4 for index in range(len(samples))],
         "micro_batch_size": 2,
+        "num_steps": num_steps,
+        "resume": resume,
     }
     path = folder / "request.json"
     path.write_text(json.dumps(request), encoding="utf-8")
@@ -89,7 +93,7 @@ def alone(
     before, want = tensors(folder / "out" / "before"), tensors(checkpoint)
     assert before.keys() == want.keys()
     assert all(np.array_equal(before[name], want[name]) for name in want)
-    return objective, figures, tensors(folder / "out" / "after")
+    return objective, figures, tensors(folder / "out" / "after 1")
 
 
 def test_a_replayed_step_sees_the_rollouts_probabilities(alone: Any) -> None:
@@ -116,9 +120,38 @@ def test_every_layout_makes_the_same_step(
     assert loss_of(found) == pytest.approx(loss_of([want]), rel=1e-4, abs=1e-6)
     for each in found:
         assert each["grad_norms"] == pytest.approx(want["grad_norms"], rel=1e-4)
-    moved = tensors(tmp_path / "out" / "after")
+    moved = tensors(tmp_path / "out" / "after 1")
     for key, tensor in after.items():
         # Adam's first step is the learning rate (1e-4) in the gradient's direction: where that is almost 0, rounding
         # decides which. The bound is on how many parameters differ.
         off = np.abs(moved[key] - tensor) > 1e-6
         assert off.mean() < 0.02, key
+
+
+def test_replaying_its_own_routes_changes_no_bit(checkpoint: Path, perturbed: list[Sample], tmp_path: Path) -> None:
+    """R2: the routes of the pass for old log-probabilities, which has the same weights as the step."""
+    found = {}
+    for replay in ("off", "r2"):
+        (tmp_path / replay).mkdir()
+        ranks = run(tmp_path / replay, checkpoint, perturbed[:4], LAYOUTS["ep2"], replay=replay)
+        assert all(each["rows"]["replayed"] == 0 for each in ranks)
+        assert max(each["gap"]["max_abs"] for each in ranks) > 1e-2, "live routers are far from the rollout"
+        found[replay] = tensors(tmp_path / replay / "out" / "after 1")
+    assert all(np.array_equal(found["off"][name], found["r2"][name]) for name in found["off"])
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_checkpoint_goes_on_as_if_nothing_had_been(
+    distributed: bool, checkpoint: Path, perturbed: list[Sample], tmp_path: Path
+) -> None:
+    layout, trainer = ParallelLayout(dp=2), {"distributed_optimizer": distributed}
+    options: dict[str, Any] = {"trainer": trainer, "replay": "r3", "staleness": "keep", "lr": 1e-3}
+    for name in ("whole", "rest"):
+        (tmp_path / name).mkdir()
+    run(tmp_path / "whole", checkpoint, perturbed[:4], layout, num_steps=2, **options)
+    saved = tmp_path / "whole" / "out" / "after 1"
+    run(tmp_path / "rest", saved, perturbed[:4], layout, resume=True, **options)
+    want, found = tensors(tmp_path / "whole" / "out" / "after 2"), tensors(tmp_path / "rest" / "out" / "after 1")
+    assert all(np.array_equal(want[name], found[name]) for name in want)
+    before = tensors(saved)
+    assert any(not np.array_equal(want[name], before[name]) for name in want)
