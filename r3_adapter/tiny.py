@@ -44,7 +44,8 @@ def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel 
         num_experts_per_tok=shape.topk,
         moe_intermediate_size=shape.expert_size or shape.hidden_size // 2,
         decoder_sparse_step=1,
-        norm_topk_prob=True,
+        # With one expert a token a renormalised weight is always 1, which Megatron refuses.
+        norm_topk_prob=shape.topk > 1,
         max_position_embeddings=shape.max_length,
         initializer_range=shape.initializer_range,
         tie_word_embeddings=False,

@@ -34,7 +34,7 @@ from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
 TASK, LAYOUT = "sort", ParallelLayout()
-MOE = TinyModel(num_layers=6, num_experts=32, topk=4, vocab_size=VOCABULARY, max_length=128, initializer_range=0.1)
+MOE = TinyModel(num_layers=4, num_experts=16, topk=4, vocab_size=VOCABULARY, max_length=128, initializer_range=0.1)
 # One expert as wide as the four that a token of the other model uses: the same code, and nothing to choose.
 DENSE = replace(MOE, num_experts=1, topk=1, expert_size=4 * MOE.hidden_size // 2)
 TAUS = (1.05, 1.1, 1.2, 1.5, 2.0, 3.0)
@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="RL steps of a run")
-    parser.add_argument("--sft-steps", type=int, default=150)
-    parser.add_argument("--static-samples", type=int, default=3200)
+    parser.add_argument("--sft-steps", type=int, default=100)
+    parser.add_argument("--static-samples", type=int, default=1100, help="of each seed")
     parser.add_argument("--lr", type=float, default=1e-4)
     args = parser.parse_args()
     with cluster():
@@ -133,9 +133,9 @@ def loop_options(
         engine=EngineSettings(str(checkpoint), radix_cache=True, random_seed=seed, max_running_requests=128),
         task=TASK,
         sampling_params=PARAMS,
-        batch_size=16,
+        batch_size=8,
         samples_per_prompt=8,
-        micro_batch_size=128,
+        micro_batch_size=64,
         num_rollouts=args.steps,
         seed=seed,
         save_interval=1000,
