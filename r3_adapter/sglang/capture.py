@@ -67,6 +67,8 @@ def computations_from_reply(
     if output_ids is None:
         raise CaptureError(f"{place}: no output_ids in the reply")
     payload = payload_of(reply, place)
+    if payload[:1] == b"{" and len(payload) < 256:
+        raise CaptureError(f"{place}: routes are in shared memory; say in which folder (--routed-experts-dir)")
     if payload[8:9] != b"{":
         raise CaptureError(
             f"{place}: payload of {len(payload)} bytes is not safetensors; "
@@ -114,7 +116,7 @@ def trace_from_native_reply(
 
 
 def decode_native(
-    payload: bytes | str,
+    payload: bytes | memoryview | str,
     *,
     token_ids: Sequence[int],
     num_prompt_tokens: int,
@@ -160,8 +162,8 @@ def decode_native(
         raise TraceError(f"{place}: {error}") from error
 
 
-def payload_of(reply: Mapping[str, Any], place: str) -> bytes:
-    """Return the bytes of a reply's routes, in whichever form they are.
+def payload_of(reply: Mapping[str, Any], place: str) -> bytes | memoryview:
+    """Return the bytes of a reply's routes, in whichever form they are; a handle is not followed.
 
     Raises:
         CaptureError: There are none, or no base64.
@@ -172,7 +174,7 @@ def payload_of(reply: Mapping[str, Any], place: str) -> bytes:
             f"{place}: no routed_experts in meta_info; start SGLang with --enable-return-routed-experts "
             "and ask with return_routed_experts"
         )
-    return payload if isinstance(payload, bytes) else _from_base64(payload, place)
+    return _from_base64(payload, place) if isinstance(payload, str) else payload
 
 
 def check_finished(reply: Mapping[str, Any], place: str, *, aborted: Policy = "raise") -> None:

@@ -41,7 +41,7 @@ class Computation:
         return self.start + self.trace.num_tokens
 
 
-def read_computations(payload: bytes, *, place: str = "payload") -> list[Computation]:
+def read_computations(payload: bytes | memoryview, *, place: str = "payload") -> list[Computation]:
     """Read a payload of format safetensors; one computation, or more if the request was retracted.
 
     Raises:

@@ -11,7 +11,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import VARIABLE
 from r3_adapter.sglang.plugin import check_installed
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.sglang.shared import MEMORY, fetch_payload
 
 Prompts = Sequence[Sequence[int]]
 SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -49,6 +50,7 @@ class Engine:
         self.settings = settings
         self.facts = ModelFacts.from_checkpoint(Path(settings.model_path))
         self.weight_version = settings.weight_version
+        self._folder: Path | None = None
 
     def __enter__(self) -> "Engine":
         gpu = has_gpu()
@@ -56,19 +58,26 @@ class Engine:
             check_installed()
         enable_cpu()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        with _environment({} if self.settings.perturb is None else {VARIABLE: str(self.settings.perturb)}):
+        arguments = self.settings.engine_arguments(gpu=gpu)
+        variables = {} if self.settings.perturb is None else {VARIABLE: str(self.settings.perturb)}
+        with ExitStack() as stack, _environment(variables):
             from sglang.srt.entrypoints.engine import Engine as SGLang
 
+            if self.settings.shared_memory:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="r3-routes-", dir=MEMORY))
+                arguments["routed_experts_dir"], self._folder = folder, Path(folder)
             try:
-                self._engine = SGLang(**self.settings.engine_arguments(gpu=gpu))
+                self._engine = SGLang(**arguments)
             except TypeError as error:
                 raise CaptureError(f"SGLang does not start: {error}; is it patched (`r3 patch verify`)?") from error
+            self._files = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._engine.shutdown()
+        self._files.close()
 
     def replies(
         self,
@@ -90,13 +99,16 @@ class Engine:
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
             params = sampling_params if isinstance(sampling_params, Mapping) else list(sampling_params)[batch]
-            replies += self._engine.generate(
+            found = self._engine.generate(
                 input_ids=[list(prompt) for prompt in prompts[batch]],
                 sampling_params=params,
                 return_logprob=True,
                 return_routed_experts=routes,
                 routed_experts_start_len=start,
             )
+            if (folder := self._folder) is not None:
+                found = [fetch_payload(reply, folder, f"request {first + at}") for at, reply in enumerate(found)]
+            replies += found
             progress(len(replies), len(prompts))
         return replies
 
@@ -251,10 +263,12 @@ def generate_over_http(
     native: bool = False,
     recomputed: Recomputed = "raise",
     timeout: float = 600,
+    shared_memory: Path | None = None,
 ) -> list[Sample]:
     """Generate at a running server (one POST to /generate for all prompts); return a sample for each prompt.
 
     url: as in "http://127.0.0.1:30000".
+    shared_memory: the --routed-experts-dir of a server on this host; None if the routes come with the replies.
     recomputed: as in samples_of.
 
     Raises:
@@ -271,7 +285,10 @@ def generate_over_http(
         raise CaptureError(f"{url}: {error}: {error.read()[:500].decode(errors='replace')}") from error
     except (OSError, ValueError) as error:
         raise CaptureError(f"{url}: {error}") from error
-    return samples_of(replies, prompts, facts, native=native, place=f"{url} request", recomputed=recomputed)
+    place = f"{url} request"
+    if shared_memory is not None:
+        replies = [fetch_payload(reply, shared_memory, f"{place} {at}") for at, reply in enumerate(replies)]
+    return samples_of(replies, prompts, facts, native=native, place=place, recomputed=recomputed)
 
 
 def _for_json(prompts: Prompts, sampling_params: SamplingParams) -> dict[str, Any]:

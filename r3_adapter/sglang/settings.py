@@ -17,6 +17,7 @@ class EngineSettings:
 
     radix_cache: share the KV rows of common prefixes between requests.
     routed_experts_format: "safetensors" needs the patched SGLang; "flat" is its own form.
+    shared_memory: hand the routes over in files below /dev/shm, which are mapped; needs the patched SGLang.
     max_total_tokens: size of the KV cache in tokens; None leaves it to SGLang, which takes most of the memory.
     weight_version: the engine's name for the checkpoint's weights, which rows carry.
     overlap: overlap scheduling; None for off without a GPU, where it gains nothing, and on with one.
@@ -37,6 +38,7 @@ class EngineSettings:
     overlap: bool | None = None
     log_level: str = "warning"
     perturb: Perturbation | None = None
+    shared_memory: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def engine_arguments(self, *, gpu: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_settings_survive_their_file() -> None:
     for settings in (
         EngineSettings("model"),
-        EngineSettings("model", dtype="float32", perturb=Perturbation(3, 0.2), extra={"page_size": 1}),
+        EngineSettings("model", shared_memory=True, perturb=Perturbation(3, 0.2), extra={"page_size": 1}),
     ):
         assert EngineSettings.from_json(settings.to_json()) == settings
     for text in ("", "[]", "{}", '{"perturb": null, "model": 1}'):

@@ -1,0 +1,77 @@
+"""Payloads in shared memory: a reply has the handle of a file, which its reader maps, checks and removes."""
+
+import json
+import mmap
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from r3_adapter.errors import CaptureError
+from r3_adapter.sglang.capture import payload_of
+
+MEMORY = Path("/dev/shm")
+_NAME = re.compile("[0-9a-f]{32}")
+_MAX_HANDLE = 256
+
+
+def fetch_payload(reply: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:
+    """Return a reply with its payload in place of the handle; what it holds is mapped, not copied.
+
+    The file is removed: a handle is good for once. A reply whose payload travelled with it, or that has none, is
+    returned as it is.
+
+    folder: what the server was started with as --routed-experts-dir; nothing else is opened.
+
+    Raises:
+        CaptureError: The handle is malformed, or its file is not there, is no plain file or has another size.
+
+    Source: patches/sglang: srt/state_capturer/routed_experts_files.py
+    """
+    info = reply.get("meta_info", {})
+    if info.get("routed_experts") is None:
+        return reply
+    payload = payload_of(reply, place)
+    if payload[:1] != b"{" or len(payload) > _MAX_HANDLE:
+        return reply
+    name, size = _read_handle(bytes(payload), place)
+    return {**reply, "meta_info": {**info, "routed_experts": _take(folder, name, size, place)}}
+
+
+def _read_handle(handle: bytes, place: str) -> tuple[str, int]:
+    try:
+        values = json.loads(handle)
+    except (ValueError, RecursionError) as error:
+        raise CaptureError(f"{place}: handle {handle!r} cannot be read: {error}") from error
+    name, size = values.get("file"), values.get("num_bytes")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CaptureError(f"{place}: file {name!r} of the handle is not 32 hexadecimal digits")
+    if type(size) is not int or size < 1:
+        raise CaptureError(f"{place}: num_bytes {size!r} of the handle is not a size")
+    return name, size
+
+
+def _take(folder: Path, name: str, size: int, place: str) -> memoryview:
+    """Map a file of a folder, and remove it."""
+    where = f"{place}: {folder / name}"
+    try:
+        parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # A pipe must not make the reader wait.
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+            try:
+                found = os.fstat(file)
+                if not stat.S_ISREG(found.st_mode):
+                    raise CaptureError(f"{where}: is no plain file")
+                if found.st_size != size:
+                    raise CaptureError(f"{where}: {found.st_size} bytes != {size} of the handle")
+                payload = memoryview(mmap.mmap(file, size, prot=mmap.PROT_READ))
+            finally:
+                os.close(file)
+            os.unlink(name, dir_fd=parent)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        raise CaptureError(f"{where}: cannot be taken: {error}") from error
+    return payload
