@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,11 @@ from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import Engine, native_bytes
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.sglang.shared import MEMORY, fetch_payload
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
 MODEL = TinyModel(num_layers=48, num_experts=128, topk=8, hidden_size=64)
-SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 32, 32
+SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 192, 16
 SLOTS = 8192
 LONG = 8192
 WARM_UP = 1
@@ -54,21 +57,26 @@ def bench_capture(
     bytes_per_token_*: of a reply, as they travel. SGLang's own form is base64 text on every transport.
     host_bytes_*: of the buffers of a rank that sends replies, for 8,192 KV slots.
     payload_over_native_gather: seconds to make the payload of an 8,192-token request over those of SGLang's gather.
+    seconds_shared_memory: to hand 1,000 payloads of 2,000 tokens over in shared memory, up to checked traces.
 
     Raises:
-        R3Error: An engine does not start or fails.
+        R3Error: An engine does not start or fails, or fewer than two pairs.
     """
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
+    if pairs < 2:
+        raise R3Error(f"pairs ({pairs}) < 2")
+    with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
+        folder = Path(path)
         write_checkpoint(folder / "model", dtype="bfloat16", seed=seed, shape=MODEL)
-        engines = {name: stack.enter_context(_Child(folder, name)) for name in _EXTRA}
+        engines = {engine: stack.enter_context(_Child(folder, engine)) for engine in _EXTRA}
+        for engine in engines.values():
+            engine.wait_until_started()
         found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         for turn in range(WARM_UP + pairs):
             # The order turns over, so that a drift of the machine cancels.
-            for engine in list(engines)[:: 1 if turn % 2 else -1]:
-                found[engine].append(engines[engine].ask("generate"))
+            for name in list(engines)[:: 1 if turn % 2 else -1]:
+                found[name].append(engines[name].ask("generate"))
             progress(turn + 1, WARM_UP + pairs)
-        payload = engines["patched"].ask("payload")
+        payload = engines["patched"].ask("payload") | engines["patched"].ask("shared")
     return _summary({name: runs[WARM_UP:] for name, runs in found.items()}, payload)
 
 
@@ -94,7 +102,7 @@ def _summary(found: Mapping[str, list[dict[str, float]]], payload: Mapping[str, 
         "host_bytes_patched": SLOTS * (row + 4 + 16),
         **payload,
         "pairs": len(seconds["patched"]),
-        "tokens": SAMPLES * RESPONSE_TOKENS,
+        "tokens": SAMPLES * (PROMPT_TOKENS + RESPONSE_TOKENS),
         "model": asdict(MODEL),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "sglang")},
@@ -119,12 +127,14 @@ class _Child:
                 text=True,
                 start_new_session=True,
             )
-        self._answer()
         return self
 
     def __exit__(self, *error: object) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def wait_until_started(self) -> None:
+        self._answer()
 
     def ask(self, question: str) -> dict[str, float]:
         assert self._process.stdin is not None
@@ -153,13 +163,14 @@ def _serve(folder: Path, name: str) -> None:
     )
     with Engine(settings) as engine:
         print(f"{_MARK}{{}}", flush=True)
+        questions = {"generate": lambda: _generate(engine, name), "payload": _payload, "shared": _shared}
         for line in sys.stdin:
-            answer = _generate(engine, name) if line.strip() == "generate" else _payload()
+            answer = questions[line.strip()]()
             print(f"{_MARK}{json.dumps(answer)}", flush=True)
 
 
 def _generate(engine: Engine, name: str) -> dict[str, float]:
-    """Generate one batch; the routes are read in the time that is measured."""
+    """Generate one batch; the time is until the replies are there, with the bytes of their routes."""
     prompts = np.random.default_rng(0).integers(3, MODEL.vocab_size, (SAMPLES, PROMPT_TOKENS)).tolist()
     params = {"temperature": 0.0, "max_new_tokens": RESPONSE_TOKENS, "ignore_eos": True}
     start = time.perf_counter()
@@ -179,27 +190,10 @@ def _generate(engine: Engine, name: str) -> dict[str, float]:
 
 def _payload(rounds: int = 30) -> dict[str, float]:
     """Time the payload of a long request against SGLang's gather of the same rows."""
-    from array import array
-    from types import SimpleNamespace
-
-    import torch
     from sglang.srt.state_capturer.base import BaseTopkCapturer
-    from sglang.srt.state_capturer.routed_experts_links import ROOT, RowLinks
     from sglang.srt.state_capturer.routed_experts_safetensors import routed_experts_to_safetensors
 
-    locs, num_slots = torch.randperm(2 * LONG)[: LONG - 1], 2 * LONG
-    shape = (num_slots, MODEL.num_layers, MODEL.topk)
-    links = RowLinks(num_slots)
-    links.write(locs, torch.cat([torch.tensor([ROOT]), locs[:-1]]))
-    patched, native = (
-        SimpleNamespace(host_cache=SimpleNamespace(buffer=torch.randint(0, 128, shape).to(dtype)), links=links)
-        for dtype in (torch.uint8, torch.int32)
-    )
-    for capturer in (patched, native):
-        capturer.get_cache_locs = lambda *args, own=capturer: BaseTopkCapturer.get_cache_locs(own, *args)
-    patched.version_ids, patched.version_index = torch.zeros(num_slots, dtype=torch.int32), {"default": 0}
-    patched.layer_ids, patched.num_experts = list(range(MODEL.num_layers)), MODEL.num_experts
-    pool = SimpleNamespace(req_to_token=torch.cat([locs, locs[:1]]).int()[None])
+    patched, native, pool = _captured(LONG)
     tokens, seconds = array("q", [7] * LONG), dict[str, list[float]](patched=[], native=[])
     makers: dict[str, Callable[[], object]] = {
         "patched": lambda: routed_experts_to_safetensors(patched, 0, tokens, pool),
@@ -216,6 +210,50 @@ def _payload(rounds: int = 30) -> dict[str, float]:
         "seconds_payload": statistics.median(seconds["patched"]),
         "seconds_native_gather": statistics.median(seconds["native"]),
     }
+
+
+def _shared(requests: int = 1000, num_tokens: int = 2000) -> dict[str, float]:
+    """Time the way of captured rows through shared memory: payload, file, mapping, a trace that is checked and kept."""
+    from sglang.srt.state_capturer.routed_experts_files import PayloadFolder
+    from sglang.srt.state_capturer.routed_experts_safetensors import routed_experts_to_safetensors
+
+    patched, _, pool = _captured(num_tokens)
+    tokens, info, num_bytes = array("q", range(num_tokens)), {"finish_reason": {"type": "length"}}, 0
+    with tempfile.TemporaryDirectory(dir=MEMORY) as path:
+        folder, traces = PayloadFolder(path), []
+        start = time.perf_counter()
+        for _ in range(requests):
+            payload = routed_experts_to_safetensors(patched, 0, tokens, pool)
+            num_bytes += payload.numel()
+            handle = folder.put(payload).numpy().tobytes()
+            reply = {"output_ids": tokens[-1:], "meta_info": {**info, "routed_experts": handle}}
+            traces.append(trace_from_reply(fetch_payload(reply, Path(path), "reply"), tokens[:-1]))
+        seconds = time.perf_counter() - start
+        assert len({trace.digest() for trace in (traces[0], traces[-1])}) == 1
+    return {"seconds_shared_memory": seconds, "bytes_shared_memory": num_bytes}
+
+
+def _captured(num_tokens: int) -> tuple[Any, Any, Any]:
+    """Return the patched capturer and SGLang's own after a request whose rows lie anywhere, and its pool."""
+    import torch
+    from sglang.srt.state_capturer.base import BaseTopkCapturer
+    from sglang.srt.state_capturer.routed_experts_links import ROOT, RowLinks
+
+    num_slots = 2 * num_tokens
+    locs, links = torch.randperm(num_slots)[: num_tokens - 1], RowLinks(num_slots)
+    links.write(locs, torch.cat([torch.tensor([ROOT]), locs[:-1]]))
+    # An odd step makes the ids of a row distinct.
+    first, step = torch.randint(MODEL.num_experts, (2, num_slots, MODEL.num_layers, 1))
+    rows = (first + (2 * step + 1) * torch.arange(MODEL.topk)) % MODEL.num_experts
+    patched, native = (
+        SimpleNamespace(host_cache=SimpleNamespace(buffer=rows.to(dtype)), links=links)
+        for dtype in (torch.uint8, torch.int32)
+    )
+    for capturer in (patched, native):
+        capturer.get_cache_locs = lambda *args, own=capturer: BaseTopkCapturer.get_cache_locs(own, *args)
+    patched.version_ids, patched.version_index = torch.zeros(num_slots, dtype=torch.int32), {"default": 0}
+    patched.layer_ids, patched.num_experts = list(range(MODEL.num_layers)), MODEL.num_experts
+    return patched, native, SimpleNamespace(req_to_token=torch.cat([locs, locs[:1]]).int()[None])
 
 
 if __name__ == "__main__":

@@ -4,213 +4,58 @@ Wherever the engine computes a token twice (a prefix shared in a batch, retracti
 log-probability must be the reference model's under the routes that come with it.
 """
 
+import base64
+import importlib.util
 import json
-import os
 import random
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from r3_adapter import patching
 from r3_adapter.errors import CaptureError
-from r3_adapter.series import load_series
 from r3_adapter.sglang.capture import computations_from_reply
-from r3_adapter.sglang.computation import Computation, join_turns
-from r3_adapter.sglang.cpu import cpu_environment, has_gpu
-from r3_adapter.sglang.perturb import VARIABLE, Perturbation
+from r3_adapter.sglang.computation import Computation, join_turns, read_computations
+from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.trace import RoutingTrace
+
+SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
+sglang = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(sglang)
+EXACT, Server, make_prompts = sglang.EXACT, sglang.Server, sglang.make_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-LAYERS, VOCAB, CHUNK, POOL = 4, 512, 256, 700
-EXACT = 1e-4
-TIMEOUT = 300
-
-
-def _release() -> str:
-    try:
-        return distribution("sglang").version
-    except PackageNotFoundError:
-        return ""
-
-
-if _release() not in [series.version for series in load_series().get("sglang", ())]:
-    pytest.skip("sglang is not installed in a version with patches", allow_module_level=True)
-
-
-class Reference:
-    """HF's model with the weights of a checkpoint; replays a trace's routes."""
-
-    def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import Qwen3MoeForCausalLM
-
-        self.torch, self.trace = torch, None
-        self.model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for layer in range(LAYERS):
-            self.model.model.layers[layer].mlp.gate.register_forward_hook(self._hook(layer))
-
-    def _hook(self, layer: int) -> Callable[[Any, Any, Any], Any]:
-        def route(module: Any, args: Any, output: Any) -> Any:
-            probs, ids = output[0].softmax(dim=-1), output[2].clone()
-            ids[:-1] = self.torch.from_numpy(self.trace.topk_ids[:-1, layer].astype(np.int64))
-            weights = probs.gather(1, ids)
-            return output[0], weights / weights.sum(dim=-1, keepdim=True), ids
-
-        return route
-
-    def logprobs(self, trace: RoutingTrace) -> Any:
-        """Return [S - 1] the log-probability of each token but the first."""
-        self.trace = trace
-        tokens = self.torch.from_numpy(trace.token_ids.astype(np.int64))[None]
-        with self.torch.no_grad():
-            logprobs = self.model(tokens).logits[0].log_softmax(dim=-1)
-        return logprobs[:-1].gather(1, tokens[0, 1:, None])[:, 0].numpy()
-
-
-class Server:
-    """A running server and the requests to it."""
-
-    def __init__(self, url: str, weights: dict[str, Path]) -> None:
-        self.url, self.weights = url, weights
-        self.references = {name: Reference(folder) for name, folder in weights.items()}
-
-    def open(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
-        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT)
-
-    def post(self, path: str, body: Any) -> Any:
-        with self.open(path, body) as answer:
-            return json.loads(answer.read() or "null")
-
-    def ask(self, prompts: Any, length: int | None, **options: Any) -> Any:
-        sampling = {"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True}
-        wanted = {"return_logprob": True, "return_routed_experts": True, "sampling_params": sampling}
-        return self.post("/generate", {"input_ids": prompts, **wanted, **options})
-
-    def worst(self, reply: Any, prompt: Sequence[int], found: Sequence[Computation]) -> float:
-        """Return the largest difference of an output token's log-probability from the reference's."""
-        want = np.array([pair[0] for pair in reply["meta_info"]["output_token_logprobs"]])
-        assert len(want) == len(reply["output_ids"])
-        start, worst = len(prompt), [0.0]
-        for computation in found:
-            (version,) = computation.trace.weight_versions
-            got = self.references[version].logprobs(computation.trace)
-            assert (computation.sampled_start or len(prompt)) == start
-            span = slice(start - len(prompt), computation.stop - len(prompt))
-            worst.append(np.abs(got[start - 1 :] - want[span]).max(initial=0))
-            start = computation.stop
-        assert start == len(prompt) + len(want)
-        return float(max(worst))
-
-    def check(self, reply: Any, prompt: Sequence[int], **options: Any) -> list[Computation]:
-        found = computations_from_reply(reply, prompt, **options)
-        assert self.worst(reply, prompt, found) <= EXACT
-        return found
-
-
-def _write_checkpoint(folder: Path, seed: int) -> Path:
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    more = {"num_hidden_layers": LAYERS, "max_position_embeddings": 1024, "initializer_range": 0.2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = Qwen3MoeConfig(**sizes, **heads, **experts, **more, dtype=torch.float32)
-        Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def _site(folder: Path) -> Path | None:
-    """Return a folder for PYTHONPATH with the patched SGLang; None if it is installed so."""
-    if all(found.state is patching.State.APPLIED for found in patching.status(["sglang"])):
-        return None
-    installed = distribution("sglang")
-    for name in sorted({file.parts[0] for file in installed.files or () if file.parts[0].startswith("sglang")}):
-        shutil.copytree(Path(str(installed.locate_file(name))), folder / name, copy_function=os.symlink)
-    patching.apply(["sglang"], site=folder)
-    return folder
-
-
-def _command(settings: EngineSettings) -> list[str]:
-    command = [sys.executable, "-m", "sglang.launch_server"]
-    for name, value in settings.engine_arguments(gpu=has_gpu()).items():
-        if value is None or value is False:
-            continue
-        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return command
+CHUNK, POOL = 256, 700
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    weights = {name: _write_checkpoint(folder / name, seed) for seed, name in enumerate(("v1", "v2"))}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    extra = {"host": "127.0.0.1", "port": port, "weight_version": "v1", "chunked_prefill_size": CHUNK}
+    weights = {name: sglang.write_checkpoint(folder / name, seed) for seed, name in enumerate(("v1", "v2"))}
+    extra = {"weight_version": "v1", "chunked_prefill_size": CHUNK, "skip_tokenizer_init": False}
     settings = EngineSettings(
-        str(weights["v1"]), dtype="float32", radix_cache=True, max_total_tokens=POOL, overlap=True, extra=extra
+        str(weights["v1"]),
+        dtype="float32",
+        radix_cache=True,
+        max_total_tokens=POOL,
+        overlap=True,
+        perturb=Perturbation(1, 0.2),
+        extra=extra,
     )
-    environment = {**os.environ, **cpu_environment(), VARIABLE: str(Perturbation(1, 0.2)), "HF_HUB_OFFLINE": "1"}
-    paths = [str(_site(folder / "site") or ""), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    log = folder / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            _command(settings), env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        found = Server(f"http://127.0.0.1:{port}", weights)
-        _wait_for(found, process, log)
+    with sglang.serve(folder, weights, settings) as found:
         yield found
-        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-        assert "memory leak" not in log.read_text(errors="replace")
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait_for(server: Server, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    end = time.monotonic() + TIMEOUT
-    while True:
-        assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-4000:]
-        try:
-            with server.open("/health"):
-                return
-        except OSError:
-            time.sleep(0.5)
-
-
-def _prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(3, VOCAB, length).tolist() for length in lengths]
 
 
 @pytest.mark.parametrize("length", [12, 80])
 def test_samples_of_one_prompt(server: Server, length: int) -> None:
     """80 tokens are long enough for SGLang to compute the prompt once, but for its last token."""
-    (prompt,) = _prompts(1, [length])
+    (prompt,) = make_prompts(1, [length])
     replies = server.ask([prompt] * 8, 24)
     traces = [server.check(reply, prompt)[0].trace for reply in replies]
     last = {trace.topk_ids[length - 1].tobytes() for trace in traces}
@@ -218,13 +63,13 @@ def test_samples_of_one_prompt(server: Server, length: int) -> None:
 
 
 def test_a_prefix_of_one_token(server: Server) -> None:
-    prompts = [[7, *prompt] for prompt in _prompts(2, [9, 17, 30, 5])]
+    prompts = [[7, *prompt] for prompt in make_prompts(2, [9, 17, 30, 5])]
     for reply, prompt in zip(server.ask(prompts, 24), prompts, strict=True):
         server.check(reply, prompt)
 
 
 def test_a_prompt_of_several_chunks_twice(server: Server) -> None:
-    (prompt,) = _prompts(3, [2 * CHUNK + 30])
+    (prompt,) = make_prompts(3, [2 * CHUNK + 30])
     for hit in (0, len(prompt) - 1):
         reply = server.ask(prompt, 4)
         server.check(reply, prompt)
@@ -232,7 +77,7 @@ def test_a_prompt_of_several_chunks_twice(server: Server) -> None:
 
 
 def test_requests_that_want_routes_beside_ones_that_do_not(server: Server) -> None:
-    (prompt,) = _prompts(4, [14])
+    (prompt,) = make_prompts(4, [14])
     with ThreadPoolExecutor(8) as pool:
         wanted = [index % 2 == 0 for index in range(8)]
         replies = list(pool.map(lambda want: server.ask(prompt, 16, return_routed_experts=want), wanted))
@@ -244,7 +89,7 @@ def test_requests_that_want_routes_beside_ones_that_do_not(server: Server) -> No
 
 
 def test_turns_from_where_the_last_one_ended(server: Server) -> None:
-    prompt, other = _prompts(5, [20, 7])
+    prompt, other = make_prompts(5, [20, 7])
     reply = server.ask(prompt, 16)
     (conversation,) = server.check(reply, prompt)
     for _ in range(2):
@@ -261,7 +106,7 @@ def test_turns_from_where_the_last_one_ended(server: Server) -> None:
 
 
 def test_a_turn_that_was_computed_upon_other_rows_is_refused(server: Server) -> None:
-    prompt, other = _prompts(6, [20, 7])
+    prompt, other = make_prompts(6, [20, 7])
     (first,) = server.check(server.ask(prompt, 16), prompt)
     server.open("/flush_cache", {}).close()
     tokens = [*first.trace.token_ids.tolist(), *other]
@@ -273,7 +118,7 @@ def test_a_turn_that_was_computed_upon_other_rows_is_refused(server: Server) -> 
 
 
 def test_a_pool_that_is_too_small(server: Server) -> None:
-    prompts = _prompts(7, [20] * 14)
+    prompts = make_prompts(7, [20] * 14)
     replies = server.ask(prompts, 100)
     found = [server.check(reply, prompt) for reply, prompt in zip(replies, prompts, strict=True)]
     retracted = sum(reply["meta_info"]["num_retractions"] > 0 for reply in replies)
@@ -283,7 +128,7 @@ def test_a_pool_that_is_too_small(server: Server) -> None:
 
 def _update_while_running(server: Server, mode: str) -> list[tuple[list[int], Any]]:
     """Change the weights to v2 while requests run, and back to v1 when they are done."""
-    prompts = _prompts(8, [10, 20, 30, 40])
+    prompts = make_prompts(8, [10, 20, 30, 40])
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.ask, prompt, 120) for prompt in prompts]
         time.sleep(0.5)
@@ -345,7 +190,7 @@ def test_weights_change_while_requests_wait_in_place(server: Server) -> None:
 
 def test_many_requests_and_aborts(server: Server) -> None:
     rng = random.Random(0)
-    prompts = _prompts(9, [rng.randrange(3, 40) for _ in range(60)])
+    prompts = make_prompts(9, [rng.randrange(3, 40) for _ in range(60)])
     prompts += [prompt + prompts[0] for prompt in prompts]
     doomed = rng.sample(range(len(prompts)), 40)
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -371,7 +216,7 @@ def test_many_requests_and_aborts(server: Server) -> None:
 
 
 def test_a_stream_ends_with_the_routes(server: Server) -> None:
-    (prompt,) = _prompts(10, [12])
+    (prompt,) = make_prompts(10, [12])
     sampling = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
     wanted = {"return_logprob": True, "return_routed_experts": True, "stream": True}
     with server.open("/generate", {"input_ids": prompt, "sampling_params": sampling, **wanted}) as answer:
@@ -385,9 +230,66 @@ def test_a_stream_ends_with_the_routes(server: Server) -> None:
 
 @pytest.mark.parametrize(("start", "message"), [(-1, "lower than 0"), (14, "higher than the number of input tokens")])
 def test_a_start_outside_the_prompt_is_refused(server: Server, start: int, message: str) -> None:
-    (prompt,) = _prompts(11, [13])
+    (prompt,) = make_prompts(11, [13])
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.ask(prompt, 4, routed_experts_start_len=start)
     assert refused.value.code == 400
     assert message in refused.value.read().decode()
+    server.check(server.ask(prompt, 4), prompt)
+
+
+def test_a_request_that_is_aborted_while_it_waits_after_a_retraction(server: Server) -> None:
+    (prompt,) = make_prompts(12, [30])
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, prompt, 400, rid="retracted-")
+        time.sleep(1)
+        server.post("/pause_generation", {"mode": "retract"})
+        server.open("/abort_request", {"rid": "retracted-"}).close()
+        reply = asked.result()
+    server.post("/continue_generation", {})
+    assert reply["meta_info"]["finish_reason"]["type"] == "abort"
+    assert 0 < len(reply["output_ids"]) < 400
+    (computation,) = server.check(reply, prompt, aborted="keep")
+    assert computation.stop == len(prompt) + len(reply["output_ids"])
+
+
+def _ask_as_openai(server: Server, path: str, prompt: list[int], **options: Any) -> Any:
+    """Ask for 16 tokens in words."""
+    text = " ".join(f"t{token}" for token in prompt)
+    content = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    body = {"model": "m", "max_tokens": 16, "ignore_eos": True, "return_routed_experts": True, **content, **options}
+    return server.open(path, body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_openai_endpoints_return_the_payload(server: Server, path: str, stream: bool) -> None:
+    (prompt,) = make_prompts(13, [20])
+    chat = "chat" in path
+    logprobs = {"logprobs": True} if chat else {"logprobs": 1}
+    with _ask_as_openai(server, path, prompt, stream=stream, **logprobs) as answer:
+        text = answer.read().decode()
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: {")] if stream else [text]
+    found, payloads = [], []
+    for event in map(json.loads, events):
+        payloads += [extra["routed_experts"]] if (extra := event.get("sglext")) else []
+        for choice in event["choices"]:
+            if part := choice.get("logprobs"):
+                found += [pair["logprob"] for pair in part["content"]] if chat else part["token_logprobs"]
+    (payload,) = payloads
+    (computation,) = read_computations(base64.b64decode(payload))
+    trace = computation.trace
+    assert trace.token_ids[: len(prompt)].tolist() == prompt
+    assert trace.num_tokens == len(prompt) + 16 == len(prompt) + len(found)
+    want = server.references["v1"].logprobs(trace)[len(prompt) - 1 :]
+    np.testing.assert_allclose(found, want, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_routes_of_several_choices_are_refused(server: Server, path: str) -> None:
+    (prompt,) = make_prompts(14, [9])
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        _ask_as_openai(server, path, prompt, n=2)
+    assert refused.value.code == 400
+    assert "return_routed_experts with 2 choices" in refused.value.read().decode()
     server.check(server.ask(prompt, 4), prompt)

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks: the routes are right, and one rank alone keeps them."""
+"""Two tensor-parallel ranks: the routes are right, and one rank alone keeps them, or hands them over in memory."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from r3_adapter.rollout import load_samples
 from r3_adapter.series import load_series
 from r3_adapter.sglang.cpu import cpu_environment, has_gpu
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.sglang.shared import MEMORY
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 SHAPE = TinyModel(num_layers=2, num_experts=8, topk=2)
 PARAMS = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
 ALLOCATED = "HostCache[routed_experts] allocated"
+FOLDERS = "r3-routes-*"
 TIMEOUT = 300
 
 
@@ -43,9 +45,11 @@ if (os.cpu_count() or 1) < 2 or has_gpu():
 def test_one_rank_keeps_the_rows_of_both(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype="float32", seed=0, shape=SHAPE)
     prompts = np.random.default_rng(0).integers(3, SHAPE.vocab_size, (2, 6)).tolist()
-    samples = {}
+    samples, before = {}, set(MEMORY.glob(FOLDERS))
     for tp_size, cores in ((1, "0"), (2, "0|1")):
-        settings = EngineSettings(str(tmp_path / "model"), dtype="float32", tp_size=tp_size, log_level="info")
+        settings = EngineSettings(
+            str(tmp_path / "model"), dtype="float32", tp_size=tp_size, log_level="info", shared_memory=tp_size == 2
+        )
         request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": PARAMS}
         (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
         out = tmp_path / f"tp{tp_size}"
@@ -60,6 +64,7 @@ def test_one_rank_keeps_the_rows_of_both(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-4000:]
         assert (done.stdout + done.stderr).count(ALLOCATED) == 1
         samples[tp_size] = load_samples(out)
+        assert set(MEMORY.glob(FOLDERS)) <= before
     for one, two in zip(samples[1], samples[2], strict=True):
         # The ranks' sums are in another order: the bits of the log-probabilities differ, the routes do not.
         assert two.trace == one.trace
