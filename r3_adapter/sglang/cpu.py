@@ -60,6 +60,16 @@ def use_plain_host_memory() -> None:
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
 
 
+def let_native_attention_pad() -> None:
+    """Give SGLang's torch_native attention the length of a padded sequence on a CPU, which DP attention asks for.
+
+    Source: sglang@0.5.20: srt/layers/attention/intel_amx_backend.py:get_cpu_graph_seq_len_fill_value
+    """
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1
+
+
 def _stub_paths() -> list[str]:
     """Return the folder of each stand-in whose original is not installed and which is not on the path yet."""
     folders = [STUBS / name for name in ("for_sgl_kernel", "for_torchvision")]

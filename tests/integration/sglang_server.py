@@ -207,9 +207,14 @@ def serve(folder: Path, weights: Mapping[str, Path], settings: EngineSettings) -
             process.wait(TIMEOUT)
             assert not Path(shared).exists(), sorted(Path(shared).iterdir())
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
+
+
+def end(process: "subprocess.Popen[Any]") -> None:
+    """End a process and those that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _wait_for(server: Server, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -1,4 +1,4 @@
-"""Routes handed over in shared memory, by a server whose KV pages hold several tokens; nothing is left behind."""
+"""Routes handed over in shared memory: those that a reply would carry, and nothing is left behind."""
 
 import importlib.util
 import os
@@ -21,8 +21,6 @@ Server, make_prompts = sglang.Server, sglang.make_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-PAGE = 16
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -31,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     memory = tempfile.mkdtemp(prefix="r3-test-", dir=MEMORY)
     # Of a server that was killed.
     (Path(memory) / ("0" * 32)).write_bytes(b"left")
-    extra = {"routed_experts_dir": memory, "page_size": PAGE, "weight_version": "v1"}
+    extra = {"routed_experts_dir": memory, "weight_version": "v1"}
     settings = EngineSettings(
         str(weights["v1"]), dtype="float32", radix_cache=True, overlap=True, perturb=Perturbation(1, 0.2), extra=extra
     )
@@ -51,26 +49,6 @@ def test_samples_of_one_prompt(server: Server, length: int) -> None:
     for reply in server.ask([prompt] * 8, 24):
         assert isinstance(reply["meta_info"]["routed_experts"], memoryview)
         server.check(reply, prompt)
-
-
-def test_prefixes_that_end_within_a_page(server: Server) -> None:
-    (prefix, *ends) = make_prompts(2, [3 * PAGE + 5, 9, 17, PAGE - 5, 2])
-    prompts = [prefix, *(prefix + end for end in ends)]
-    for at in (0, 1):
-        for reply, prompt in zip(server.ask(prompts, 20), prompts, strict=True):
-            server.check(reply, prompt)
-            # A page that is full was computed once.
-            assert reply["meta_info"]["cached_tokens"] % PAGE == 0
-            assert (reply["meta_info"]["cached_tokens"] >= 3 * PAGE) or not at
-
-
-def test_turns_upon_pages(server: Server) -> None:
-    prompt, other = make_prompts(3, [20, 7])
-    (first,) = server.check(server.ask(prompt, 16), prompt)
-    tokens = [*first.trace.token_ids.tolist(), *other]
-    reply = server.ask(tokens, 16)
-    server.check(reply, tokens)
-    assert reply["meta_info"]["cached_tokens"] == 2 * PAGE
 
 
 def test_samples_of_a_server_on_this_host(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks: the routes are right, and one rank alone keeps them, or hands them over in memory."""
+"""Two ranks, tensor-parallel or with DP attention: their routes are those of one; in shared memory or in replies."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,17 +43,25 @@ if (os.cpu_count() or 1) < 2 or has_gpu():
     pytest.skip("needs two cores, one a rank", allow_module_level=True)
 
 
-def test_one_rank_keeps_the_rows_of_both(tmp_path: Path) -> None:
+# Tensor-parallel ranks keep the rows once; ranks of DP attention each keep those of their own requests.
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one": ("0", 1, {}),
+    "tp": ("0|1", 1, {"tp_size": 2, "shared_memory": True}),
+    "dp": ("0|1", 2, {"tp_size": 2, "extra": {"dp_size": 2, "enable_dp_attention": True}}),
+}
+
+
+def test_ranks_return_the_rows_of_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype="float32", seed=0, shape=SHAPE)
-    prompts = np.random.default_rng(0).integers(3, SHAPE.vocab_size, (2, 6)).tolist()
+    rng = np.random.default_rng(0)
+    # Batches of unequal size: ranks of DP attention pad theirs.
+    prompts = [rng.integers(3, SHAPE.vocab_size, length).tolist() for length in (6, 15, 3)]
     samples, before = {}, set(MEMORY.glob(FOLDERS))
-    for tp_size, cores in ((1, "0"), (2, "0|1")):
-        settings = EngineSettings(
-            str(tmp_path / "model"), dtype="float32", tp_size=tp_size, log_level="info", shared_memory=tp_size == 2
-        )
+    for name, (cores, allocated, options) in LAYOUTS.items():
+        settings = EngineSettings(str(tmp_path / "model"), dtype="float32", log_level="info", **options)
         request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": PARAMS}
         (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        out = tmp_path / f"tp{tp_size}"
+        out = tmp_path / name
         done = subprocess.run(
             [sys.executable, "-m", "r3_adapter.sglang.worker", str(tmp_path / "request.json"), str(out)],
             env={**os.environ, **cpu_environment(), "SGLANG_CPU_OMP_THREADS_BIND": cores},
@@ -62,11 +71,12 @@ def test_one_rank_keeps_the_rows_of_both(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        assert (done.stdout + done.stderr).count(ALLOCATED) == 1
-        samples[tp_size] = load_samples(out)
+        assert (done.stdout + done.stderr).count(ALLOCATED) == allocated
+        samples[name] = load_samples(out)
         assert set(MEMORY.glob(FOLDERS)) <= before
-    for one, two in zip(samples[1], samples[2], strict=True):
-        # The ranks' sums are in another order: the bits of the log-probabilities differ, the routes do not.
-        assert two.trace == one.trace
-        assert two.trace.captured[:-1].all()
-        np.testing.assert_allclose(two.logprobs, one.logprobs, atol=1e-4, rtol=0)
+    for name in ("tp", "dp"):
+        for one, two in zip(samples["one"], samples[name], strict=True):
+            # The ranks' sums are in another order: the bits of the log-probabilities differ, the routes do not.
+            assert two.trace == one.trace
+            assert two.trace.captured[:-1].all()
+            np.testing.assert_allclose(two.logprobs, one.logprobs, atol=1e-4, rtol=0)
