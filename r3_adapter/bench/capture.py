@@ -34,7 +34,7 @@ from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import MEMORY, fetch_payload
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
-MODEL = TinyModel(num_layers=48, num_experts=128, topk=8, hidden_size=64)
+MODEL = TinyModel(num_layers=48, num_experts=128, topk=8, hidden_size=16)
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 192, 16
 SLOTS = 8192
 LONG = 8192
@@ -66,7 +66,7 @@ def bench_capture(
         raise R3Error(f"pairs ({pairs}) < 2")
     with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
         folder = Path(path)
-        write_checkpoint(folder / "model", dtype="bfloat16", seed=seed, shape=MODEL)
+        write_checkpoint(folder / "model", dtype="float32", seed=seed, shape=MODEL)
         engines = {engine: stack.enter_context(_Child(folder, engine)) for engine in _EXTRA}
         for engine in engines.values():
             engine.wait_until_started()
@@ -156,7 +156,7 @@ def _serve(folder: Path, name: str) -> None:
     """Start an engine, and do what the lines of standard input ask for."""
     settings = EngineSettings(
         str(folder / "model"),
-        dtype="bfloat16",
+        dtype="float32",
         routed_experts_format="safetensors" if name == "patched" else "flat",
         max_total_tokens=SLOTS,
         extra=_EXTRA[name],
