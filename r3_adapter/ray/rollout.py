@@ -11,7 +11,7 @@ import psutil
 import ray
 
 from r3_adapter.errors import R3Error
-from r3_adapter.ray.shards import Judged, SampleRef, put_group
+from r3_adapter.ray.store import Judged, SampleRef, put_group
 from r3_adapter.rl.tasks import Task, task_named
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.conversation import Conversation

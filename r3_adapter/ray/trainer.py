@@ -12,7 +12,7 @@ import ray
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import Figures, Item, PolicyOptions, PolicyTrainer
-from r3_adapter.ray.shards import SampleRef, get_samples
+from r3_adapter.ray.store import SampleRef, get_samples
 from r3_adapter.rollout import Sample, unrouted
 
 

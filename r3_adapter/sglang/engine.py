@@ -117,7 +117,7 @@ class Engine:
 
         All coroutines of an engine must run in one event loop, and `replies` in none.
         """
-        return await self._engine.async_generate(
+        found = await self._engine.async_generate(
             input_ids=list(tokens),
             sampling_params=dict(sampling_params),
             return_logprob=True,
@@ -125,6 +125,7 @@ class Engine:
             routed_experts_start_len=start,
             cache_salt=self.weight_version,
         )
+        return found if self._folder is None else fetch_payload(found, self._folder, "request")
 
     async def update_weights(self, folder: Path, version: str) -> None:
         """Load other weights, which rows computed from now on carry as `version`.

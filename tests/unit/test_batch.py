@@ -13,7 +13,7 @@ from r3_adapter.megatron.policy import Figures
 from r3_adapter.metrics import gap, merge_gaps
 from r3_adapter.ray.batch import items_of, metrics_of, share_out
 from r3_adapter.ray.rollout import Rollout
-from r3_adapter.ray.shards import SampleRef
+from r3_adapter.ray.store import SampleRef
 
 LAYOUTS = [ParallelLayout(), ParallelLayout(dp=3), ParallelLayout(pp=2, vpp=2, dp=2), ParallelLayout(tp=2, cp=2, dp=2)]
 
