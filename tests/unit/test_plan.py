@@ -36,13 +36,13 @@ def array_bytes(data):
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
-def request_of(config, layout, *, batch=(4, 2, 5, 9, 8, 24), micro=2, steps=1, thd=True, pipeline=None, **changes):
+def request_of(config, layout, *, batch=(4, 2, 5, 9, 8, 24), micro=2, steps=1, pipeline=None, **changes):
     prompts, samples, *lengths = batch
     values = {
         "model": ModelShape.from_config(config),
         "layout": layout,
         "pipeline_layout": pipeline,
-        "batch": Batch(prompts, samples, *lengths, micro, steps, "thd" if thd else "sbhd"),
+        "batch": Batch(prompts, samples, *lengths, micro, steps),
         "engines": Engines(1, 1, {}),
         "machines": Machines(8, 80 << 30, None),
         "distributed_optimizer": True,
@@ -113,19 +113,18 @@ def test_prompts_of_a_group_are_sent_once():
 # Routes of a rank.
 
 
-@pytest.mark.parametrize("thd", [True, False])
 @pytest.mark.parametrize("sizes_of_layout", list(itertools.product((1, 2), (1, 2), (1, 2), (1, 2), (1, 2))))
-def test_a_rank_gets_arrays_of_the_size_that_the_plan_says(sizes_of_layout, thd):
+def test_a_rank_gets_arrays_of_the_size_that_the_plan_says(sizes_of_layout):
     tp, pp, vpp, cp, dp = sizes_of_layout
     if vpp > pp:
         return
     config = QWEN | {"num_hidden_layers": 8, "num_experts": 16, "num_experts_per_tok": 4, "mlp_only_layers": [0, 5]}
     layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, etp=1)
-    request = request_of(config, layout, thd=thd)
+    request = request_of(config, layout)
     stages, facts, batch = request.stages(), request.model.facts, request.batch
     for length, field in ((batch.mean_length, "micro_batch"), (batch.max_length, "max_micro_batch")):
         room = -(-length // (2 * tp * cp)) * 2 * tp * cp
-        packing = Packing.packed([0, room, 2 * room]) if thd else Packing.padded(2, room)
+        packing = Packing.packed([0, room, 2 * room])
         traces = traces_of(facts, [length] * 2)
         for rank in range(layout.world_size):
             pp_rank = layout.coords(rank).pp_rank
