@@ -16,9 +16,9 @@ from r3_adapter.ray.cluster import cluster
 from r3_adapter.ray.loop import Loop, LoopOptions, latest_step
 from r3_adapter.ray.supervised import supervise
 from r3_adapter.report import last_line, run_progress
-from r3_adapter.report_page import write_page
 from r3_adapter.rl.losses import Objective
 from r3_adapter.rl.tasks import END, VOCABULARY, task_named
+from r3_adapter.runs.page import write_page
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import TinyModel, write_checkpoint
 

@@ -244,7 +244,7 @@ def _bench_repack(args: argparse.Namespace) -> int:
 
 def _report_runs(args: argparse.Namespace) -> int:
     from r3_adapter.report import last_line
-    from r3_adapter.report_page import write_page
+    from r3_adapter.runs.page import write_page
 
     for run in write_page(args.out, args.runs):
         print(last_line(run.summary, args.out))

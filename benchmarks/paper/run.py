@@ -28,7 +28,7 @@ from r3_adapter.ray.supervised import supervise
 from r3_adapter.rl.losses import Objective
 from r3_adapter.rl.tasks import END, VOCABULARY, task_named
 from r3_adapter.rollout import Sample, load_samples, save_samples
-from r3_adapter.runs import Run
+from r3_adapter.runs.log import Run
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import TinyModel, write_checkpoint

@@ -19,7 +19,7 @@ from r3_adapter.ray.pool import RolloutPool
 from r3_adapter.ray.rollout import Group, Rollout
 from r3_adapter.ray.trainer import TrainerGroup
 from r3_adapter.rl.tasks import task_named
-from r3_adapter.runs import RunLog
+from r3_adapter.runs.log import RunLog
 from r3_adapter.sglang.settings import EngineSettings
 
 _RESTARTS = 3

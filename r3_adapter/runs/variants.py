@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r3_adapter.runfiles import Number, Step
-from r3_adapter.runs import Run, mean
+from r3_adapter.runs.files import Number, Step
+from r3_adapter.runs.log import Run, mean
 
 MAX_POINTS = 500
 """Points of a curve; each is the mean of the steps that fall together if there are more."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r3_adapter.runs import RunLog
+from r3_adapter.runs.log import RunLog
 
 VARIANTS = {
     "live": {"r3": False, "r2": False, "use_tis": False},

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from r3_adapter.errors import R3Error
-from r3_adapter.runfiles import (
+from r3_adapter.runs.files import (
     Number,
     Step,
     check_config,

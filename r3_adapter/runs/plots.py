@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from r3_adapter.runfiles import Number, Step
-from r3_adapter.runs import R3_STAGES, ROWS, STAGES
-from r3_adapter.variants import MAX_POINTS, Curve, Figure, Variant, at, ratio
+from r3_adapter.runs.files import Number, Step
+from r3_adapter.runs.log import R3_STAGES, ROWS, STAGES
+from r3_adapter.runs.variants import MAX_POINTS, Curve, Figure, Variant, at, ratio
 
 # Okabe and Ito's colours that are readable on white; told apart with each common kind of colour blindness.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")

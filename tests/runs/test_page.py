@@ -9,10 +9,10 @@ import pytest
 
 from r3_adapter.cli import main
 from r3_adapter.report import last_line, run_progress
-from r3_adapter.report_page import page
-from r3_adapter.report_plots import SECTIONS, line_chart, stage_charts
-from r3_adapter.runs import Run, RunLog
-from r3_adapter.variants import at, variants_of
+from r3_adapter.runs.log import Run, RunLog
+from r3_adapter.runs.page import page
+from r3_adapter.runs.plots import SECTIONS, line_chart, stage_charts
+from r3_adapter.runs.variants import at, variants_of
 
 MARKUP = '<script>document.body.dataset.owned=1</script><img src=x onerror="document.body.dataset.owned=1">\'&amp;'
 REWARD = SECTIONS["Learning, and trainer against rollout"][0]

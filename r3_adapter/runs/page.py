@@ -16,7 +16,8 @@ from string import Template
 from typing import Any
 
 from r3_adapter.errors import R3Error
-from r3_adapter.report_plots import (
+from r3_adapter.runs.log import ROWS, Run, mean
+from r3_adapter.runs.plots import (
     SECTIONS,
     Chart,
     agreement_charts,
@@ -26,8 +27,7 @@ from r3_adapter.report_plots import (
     stage_charts,
     style,
 )
-from r3_adapter.runs import ROWS, Run, mean
-from r3_adapter.variants import Figure, Variant, at, variants_of
+from r3_adapter.runs.variants import Figure, Variant, at, variants_of
 
 MAX_EVENTS = 500
 NONE = "\N{EN DASH}"
@@ -92,13 +92,13 @@ def page(runs: Sequence[Run]) -> str:
     figures = _section("Side by side" if len(runs) > 1 else "Figures", _figures(variants))
     sections = [figures, _sections(variants, charts), _events(runs), _settings(variants)]
     title = variants[0].label if len(variants) == 1 else f"{len(variants)} variants, {len(runs)} runs"
-    plotly, js = _plotly(), _asset("report_page.js")
+    plotly, js = _plotly(), _asset("page.js")
     blocks = {
         f"chart-{number}": {"traces": chart.traces, "layout": chart.layout} for number, chart in enumerate(charts)
     }
     return _PAGE.substitute(
         title=escape(title),
-        css=_asset("report_page.css"),
+        css=_asset("page.css"),
         head=_head(variants),
         legend=_legend(variants),
         body="".join(sections),

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from r3_adapter.errors import R3Error
-from r3_adapter.runs import Run, RunLog, summarize
+from r3_adapter.runs.log import Run, RunLog, summarize
 
 HOSTILE_LINES = {
     b"{": "no JSON",

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from r3_adapter.report_page import page
-from r3_adapter.runs import Run
+from r3_adapter.runs.log import Run
+from r3_adapter.runs.page import page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ("gpu", "quic", "background-networking", "component-update", "sync", "extensions", "default-apps")
