@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from r3_adapter.arena import Arena
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import micro_batches
 from r3_adapter.megatron.model import build_model, build_optimizer, initialize
@@ -38,13 +39,14 @@ def main(argv: Sequence[str]) -> None:
         device=device,
     )
     inputs = [StepInput(each.traces, each.tokens, each.packing) for each in batches]
+    arena = Arena()
     seconds: dict[str, list[float]] = {"live": [], "replay": [], "prepare": []}
     for name in request.passes:
         torch.distributed.barrier()
         start = time.perf_counter()
         routes = None
         if name == "replay":
-            routes = prepare_step(chunks, inputs)
+            routes = prepare_step(chunks, inputs, arena=arena)
             seconds["prepare"].append(time.perf_counter() - start)
         training_step(chunks, optimizer, batches, routes)
         torch.distributed.barrier()

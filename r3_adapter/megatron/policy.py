@@ -15,6 +15,7 @@ import numpy.typing as npt
 import psutil
 import torch
 
+from r3_adapter.arena import Arena
 from r3_adapter.errors import ReplayError
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import MicroBatch, packed_micro_batch
@@ -123,6 +124,7 @@ class PolicyTrainer:
         )
         self.reference = build_model(reference, layout, options.trainer) if reference else None
         self._replay_seconds_per_token = 0.0
+        self._arena = Arena(_pinned if self.device.type == "cuda" else None)
 
     def layer_ids(self) -> list[int]:
         """Return the global MoE layers of this rank."""
@@ -220,6 +222,7 @@ class PolicyTrainer:
             # Without replay the routes are looked at only, to say how far live routers are from them.
             staleness=self.options.staleness if replaying else "keep",
             layout=self.layout,
+            arena=self._arena,
         )
         if self.layout.coords(self.rank).pp_rank == 0:
             first = [batch.routes for batch in routes[0]]
@@ -314,6 +317,11 @@ class PolicyTrainer:
 
             torch.distributed.all_reduce(values, group=ps.get_context_parallel_group())
         return values
+
+
+def _pinned(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that a GPU copies from without a stage between."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 class _Logprobs:

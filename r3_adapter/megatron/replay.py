@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from r3_adapter.arena import Arena
 from r3_adapter.errors import R3Error, ReplayError, TraceError
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.checks import check_layout, check_router
@@ -54,6 +55,7 @@ def prepare_step(
     weight_version: str | None = None,
     staleness: Staleness = "refuse",
     layout: ParallelLayout | None = None,
+    arena: Arena | None = None,
 ) -> list[list[ReplayBatch]]:
     """Check and cut the routes of a whole step, and agree with all other ranks that it can go on.
 
@@ -62,7 +64,7 @@ def prepare_step(
 
     chunks: this rank's model chunks; more than one with VPP.
     micro_batches: of this rank, in the order in which the schedule takes them.
-    weight_version, staleness: as for `prepare`.
+    weight_version, staleness, arena: as for `prepare`.
 
     Returns:
         For each chunk the batches of its micro-batches.
@@ -82,6 +84,7 @@ def prepare_step(
                     layout=layout,
                     weight_version=weight_version,
                     staleness=staleness,
+                    arena=arena,
                     place=f"micro-batch {index}",
                 )
                 for index, each in enumerate(micro_batches)
@@ -156,6 +159,7 @@ def prepare(
     layout: ParallelLayout | None = None,
     weight_version: str | None = None,
     staleness: Staleness = "refuse",
+    arena: Arena | None = None,
     place: str = "micro-batch",
 ) -> ReplayBatch:
     """Check the traces of a micro-batch against its tokens, and cut them for this rank's model chunk.
@@ -171,6 +175,7 @@ def prepare(
     layout: default: Megatron's own.
     weight_version: the trainer's weights by the engine's name; None to take rows of any.
     staleness: what to do with rows of other weights.
+    arena: memory for the routes on the host, used again when nothing refers to a batch any more.
     place: names the micro-batch in errors.
 
     Raises:
@@ -196,6 +201,7 @@ def prepare(
             layer_ids=np.fromiter(routers, np.int32),
             input_ids=input_ids if packing.qkv_format == "sbhd" else input_ids.reshape(-1),
             dtype=np.dtype(np.int16),
+            arena=arena,
         )
     except R3Error as error:
         raise type(error)(f"rank {rank}, {place}: {error}") from error
