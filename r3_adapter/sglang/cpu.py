@@ -29,6 +29,8 @@ def cpu_environment() -> dict[str, str]:
         "SGLANG_USE_CPU_ENGINE": "1",
         # Which cores each rank's threads are bound to; SGLang's own guess needs several NUMA nodes.
         "SGLANG_CPU_OMP_THREADS_BIND": "0",
+        # Threads that wait for each other's small pieces of work spin: on shared cores that is most of the time.
+        "OMP_NUM_THREADS": "1",
         # gloo would bind to the interface of the host name.
         "GLOO_SOCKET_IFNAME": "lo",
     }
