@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     weights = {"v1": sglang.write_checkpoint(folder / "v1", 0)}
     memory = tempfile.mkdtemp(prefix="r3-test-", dir=MEMORY)
+    request.addfinalizer(lambda: shutil.rmtree(memory, ignore_errors=True))
     # Of a server that was killed.
     (Path(memory) / ("0" * 32)).write_bytes(b"left")
     extra = {"routed_experts_dir": memory, "weight_version": "v1"}
