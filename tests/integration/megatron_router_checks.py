@@ -9,6 +9,7 @@ from typing import Any
 import megatron_tiny as tiny
 import pytest
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_default_pg_collection,
@@ -130,8 +131,9 @@ def test_fused_router_is_replaced_where_routes_are_given() -> None:
         tiny.step(tiny.build(moe_router_fusion=True))
 
 
-def test_padding_for_quantized_experts_changes_no_result() -> None:
+def test_padding_for_quantized_experts_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts get multiples of 16 tokens; those that pad weigh nothing."""
+    monkeypatch.setattr(token_dispatcher, "get_align_size_for_quantization", lambda config: 16)
     experts = tiny.random_experts()
     want = tiny.step(tiny.build(), routed_experts=experts)
     model = tiny.build()

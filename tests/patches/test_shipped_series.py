@@ -63,10 +63,11 @@ def test_each_patch_is_small_and_says_why(series: Series) -> None:
         )
         assert patch.changed <= MAX_CHANGED, patch.name
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", trailers(patch.header)["Last-Update"]), patch.name
-        (row,) = [row for row in rows if row.startswith("|") and f"`{patch.name}`" in row]
+        (row,) = [row for row in rows if row.startswith("|") and f"{series.distribution} `{patch.name}`" in row]
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert len(cells) == 4, row
+        assert len(cells) == 5, row
         assert all(cells), row
+        assert series.version in cells[1], row
 
 
 @each_series
