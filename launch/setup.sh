@@ -1,12 +1,20 @@
-# Sourced by the other scripts: makes .venv with the pinned engines, builds the package, applies the patches.
+# Sourced by the other scripts: makes a virtual environment with the pinned engines, builds the package, applies the patches.
 # Does nothing where that is done already and nothing that it depends on has changed.
 #
+# PYTHON: the interpreter, which decides on Megatron-core's pin: 0.19.2 from Python 3.12 on, in .venv-3.12, .venv-3.13 and so on; 0.16.1
+# before, in .venv.
 # R3_EXTRAS: extras of pyproject.toml to install; default: "gpu" where nvidia-smi finds one, else "cpu".
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-VENV=.venv
 PYTHON=${PYTHON:-python3}
 SGLANG=sglang==0.5.20
+if "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+    VENV=.venv-$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    MEGATRON=megatron-core==0.19.2
+else
+    VENV=.venv
+    MEGATRON=megatron-core==0.16.1
+fi
 TORCH=torch==2.13.0
 
 r3_extras() {
@@ -29,7 +37,7 @@ r3_install() {
     # torch first and alone: everything after it must take what is there.
     $pip "$TORCH"
     # A series may have changed: take back what an older one did before pip or the new one looks at the files.
-    if [ -x "$VENV/bin/r3" ]; then "$VENV/bin/r3" patch revert >/dev/null 2>&1 || $pip --force-reinstall --no-deps "$SGLANG" megatron-core==0.16.1; fi
+    if [ -x "$VENV/bin/r3" ]; then "$VENV/bin/r3" patch revert >/dev/null 2>&1 || $pip --force-reinstall --no-deps "$SGLANG" "$MEGATRON"; fi
     $pip --constraint <(echo "$TORCH") --editable ".[$extras,report,rl,test]"
     # Without a GPU, SGLang's CUDA dependencies are left out; docs/install.md names them.
     if [ "$extras" = cpu ]; then $pip --no-deps "$SGLANG"; fi

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from r3_adapter.errors import R3Error
-from r3_adapter.megatron.checks import NEEDED, check_layout
+from r3_adapter.megatron.checks import NEEDED, SELECTS, check_layout
 from r3_adapter.plan.request import PlanRequest, length_multiple
 from r3_adapter.repack import local_dtype
 
@@ -167,9 +167,11 @@ def _refusals(request: PlanRequest) -> Iterator[Check]:
         if name in given and given[name] != want:
             clean = False
             yield Check(f"R3 in the trainer: {name}", False, f"{given[name]!r} != {want!r}: {why}")
-    if "sinkhorn" in str(given.get("moe_router_load_balancing_type", "")):
-        clean = False
-        yield Check("R3 in the trainer: load balancing", False, "'sinkhorn' != another type: it selects experts itself")
+    for kind in SELECTS:
+        if kind in str(given.get("moe_router_load_balancing_type", "")):
+            clean = False
+            says = f"{kind!r} != another type: it selects experts itself"
+            yield Check("R3 in the trainer: load balancing", False, says)
     if given.get("batch_p2p_comm") and request.layout.vpp > 1 and request.layout.pp == 2:
         clean = False
         says = f"True != False with pp 2 and vpp {request.layout.vpp}: it mixes up the chunks' activations"

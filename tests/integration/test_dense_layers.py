@@ -13,7 +13,7 @@ from r3_adapter.prove import damage, judge
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 VOCAB, EXPERTS, TOPK, LAYERS = 256, 8, 2, 6
 DENSE = {"first layers": [0, 1], "a pattern": [1, 2, 4]}

@@ -15,7 +15,7 @@ from r3_adapter.patching import State
 from r3_adapter.processes import run_together
 from r3_adapter.series import Series, load_series, write_upstream_tests
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 HERE = Path(__file__).parent
 NAME = "megatron-core"

@@ -11,7 +11,7 @@ import pytest
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.processes import run_together
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 SCRIPT = Path(__file__).with_name("own_routes.py")
 

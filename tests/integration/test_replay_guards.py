@@ -11,7 +11,7 @@ import pytest
 
 from r3_adapter.rollout import Sample, save_samples
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 SCRIPT = Path(__file__).with_name("replay_guards.py")
 OPTIONS = (

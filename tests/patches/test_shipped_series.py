@@ -21,6 +21,8 @@ from r3_adapter.series import (
     write_upstream_tests,
 )
 
+pytestmark = pytest.mark.megatron
+
 MAX_CHANGED = 250
 SHIPPED = [series for group in load_series().values() for series in group]
 
