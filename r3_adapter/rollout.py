@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from r3_adapter.errors import TraceError
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace
+
+_REST = "logprobs.safetensors"
+"""The file of a folder with all that is not in the traces."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,38 +84,76 @@ def save_samples(folder: Path, samples: Sequence[Sample]) -> None:
         _trace_path(folder, index).write_bytes(sample.trace.to_bytes())
     logprobs = np.concatenate([np.zeros(0, np.float32), *(sample.logprobs for sample in samples)])
     sampled = np.concatenate([np.zeros(0, np.bool_), *(sample.sampled for sample in samples)])
-    numbers = [[sample.num_prompt_tokens, sample.payload_bytes] for sample in samples]
-    save_file(
-        {"logprobs": logprobs, "sampled": sampled}, folder / "logprobs.safetensors", {"samples": json.dumps(numbers)}
-    )
+    numbers = [[sample.num_prompt_tokens, sample.num_response_tokens, sample.payload_bytes] for sample in samples]
+    save_file({"logprobs": logprobs, "sampled": sampled}, folder / _REST, {"samples": json.dumps(numbers)})
 
 
 def load_samples(folder: Path) -> list[Sample]:
-    """Read samples that save_samples wrote.
+    """Read all samples that save_samples wrote.
 
     Raises:
         TraceError: a file is missing or damaged.
     """
-    from safetensors import safe_open
+    return list(SampleFolder(folder))
 
-    path = folder / "logprobs.safetensors"
-    try:
-        arrays = load_file(path)
-        logprobs, sampled = arrays["logprobs"], arrays["sampled"]
-        with safe_open(path, framework="np") as file:
-            numbers = json.loads(file.metadata()["samples"])
-        samples, at = [], 0
-        for index, (num_prompt_tokens, payload_bytes) in enumerate(numbers):
-            place = _trace_path(folder, index)
+
+class SampleFolder(Sequence[Sample]):
+    """The samples that save_samples wrote to a folder; the routes of each are read when it is asked for.
+
+    Raises:
+        TraceError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.folder = folder
+        path = folder / _REST
+        try:
+            self._arrays = load_file(path)
+            with safe_open(path, framework="np") as file:
+                self._numbers: list[list[int]] = json.loads(file.metadata()["samples"])
+            total = len(self._arrays["logprobs"])
+            self._starts = np.cumsum([0, *(num_response_tokens for _, num_response_tokens, _ in self._numbers)])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise TraceError(f"{folder}: samples cannot be read: {error}") from error
+        if self._starts[-1] != total or len(self._arrays["sampled"]) != total:
+            raise TraceError(f"{path}: {total} log-probabilities != {self._starts[-1]} response tokens")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        num_prompt_tokens, num_response_tokens, payload_bytes = self._numbers[index]
+        place = _trace_path(self.folder, index % len(self))
+        try:
             trace = RoutingTrace.from_bytes(place.read_bytes(), place=str(place))
-            stop = at + trace.num_tokens - num_prompt_tokens
-            samples.append(Sample(trace, num_prompt_tokens, logprobs[at:stop], payload_bytes, sampled[at:stop]))
-            at = stop
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise TraceError(f"{folder}: samples cannot be read: {error}") from error
-    if at != len(logprobs):
-        raise TraceError(f"{path}: {len(logprobs)} log-probabilities != {at} response tokens")
-    return samples
+        except OSError as error:
+            raise TraceError(f"{self.folder}: samples cannot be read: {error}") from error
+        here = slice(self._starts[index % len(self)], self._starts[index % len(self)] + num_response_tokens)
+        logprobs, sampled = self._arrays["logprobs"][here], self._arrays["sampled"][here]
+        return Sample(trace, num_prompt_tokens, logprobs, payload_bytes, sampled)
+
+
+def sample_folders(paths: Sequence[Path]) -> list[SampleFolder]:
+    """Open folders of samples; a path may also be a folder of such folders, taken in the order of their names.
+
+    Raises:
+        TraceError: a path without samples, or a file that is missing or damaged.
+    """
+    found = []
+    for path in paths:
+        folders = [path] if (path / _REST).is_file() else sorted(file.parent for file in path.glob(f"*/{_REST}"))
+        if not folders:
+            raise TraceError(f"{path}: neither a folder of samples nor one of such folders")
+        found += [SampleFolder(folder) for folder in folders]
+    return found
 
 
 def _trace_path(folder: Path, index: int) -> Path:
