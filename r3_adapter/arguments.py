@@ -29,6 +29,22 @@ def add_r3_arguments(parser: Parser) -> Parser:
     return parser
 
 
+def add_r3_offline_arguments(parser: Parser) -> Parser:
+    """Add the flags of replay in Megatron's own training loop, on recorded rollouts; return the parser."""
+    group = add_r3_arguments(parser).add_argument_group("r3 offline", "training on recorded rollouts")
+    group.add_argument(
+        "--r3-traces",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folders of samples, or folders of such folders, as r3_adapter.rollout.save_samples writes them",
+    )
+    group.add_argument("--r3-weight-version", metavar="NAME", help="rows of other weights are stale; default: none are")
+    group.add_argument("--r3-hf-checkpoint", type=Path, metavar="DIR", help="Hugging Face folder to begin from")
+    return parser
+
+
 def add_layout_arguments(parser: Parser) -> Parser:
     """Add Megatron's flags of the parallel layout; return the parser."""
     group = parser.add_argument_group("layout", "of the trainer; names and meaning are Megatron's")

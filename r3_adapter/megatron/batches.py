@@ -113,6 +113,24 @@ def packed_places(packing: Packing, cp: int, cp_rank: int) -> npt.NDArray[np.int
     return np.stack([np.repeat(sample, length), np.repeat(start, length) + step], axis=-1)[None]
 
 
+def padded_micro_batch(
+    samples: Sequence[Sample], seq_length: int, layout: ParallelLayout, rank: int, device: torch.device
+) -> MicroBatch:
+    """Build a micro-batch of all the samples, padded to a length, as the rank's context-parallel share of it.
+
+    Raises:
+        LayoutError: a sample that is longer.
+    """
+    for index, sample in enumerate(samples):
+        if sample.trace.num_tokens - 1 > seq_length:
+            raise LayoutError(f"sample {index}: {sample.trace.num_tokens} tokens > sequence length ({seq_length}) + 1")
+    packing = Packing.padded(len(samples), seq_length)
+    # The same places, sample by sample.
+    in_a_row = Packing.packed(range(0, (len(samples) + 1) * seq_length, seq_length))
+    places = packed_places(in_a_row, layout.cp, layout.coords(rank).cp_rank).reshape(len(samples), -1, 2)
+    return _build(samples, range(len(samples)), packing, places, device)
+
+
 def _build(
     samples: Sequence[Sample],
     chosen: range,

@@ -1,7 +1,8 @@
 """Run Megatron-core on a machine without a GPU: process groups on gloo, tensors in main memory.
 
-Megatron-core 0.16.1 takes CUDA for granted in a few places that compute nothing. Each function below answers one of
-them and says which. Nothing here changes what Megatron computes, and nothing here is loaded when a GPU is present.
+Megatron-core takes CUDA for granted in a few places that compute nothing. Each function below answers one of them and
+says which; they are of both pins unless it names one. Nothing here changes what Megatron computes, and nothing here is
+loaded when a GPU is present.
 """
 
 # Replacing what torch defines is what this module is for.
@@ -37,6 +38,17 @@ def install() -> None:
     torch.cuda._r3_cpu_support = True
 
 
+def install_training() -> None:
+    """Make megatron.training, which 0.19.2's wheel has, run on the CPU too; call it before importing it.
+
+    Raises:
+        ReplayError: as for `install`, which it calls.
+    """
+    install()
+    for answer in (_barrier, _no_makefile, _architecture, _initialization):
+        answer()
+
+
 def _eager() -> None:
     """Megatron's jit_fuser is torch.compile: correct on a CPU, but compiling takes longer than a test runs."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -50,7 +62,7 @@ def _device() -> None:
 
 
 def _factories() -> None:
-    """optimizer.py, clip_grads.py, schedules.py and utils.py allocate with a literal device="cuda".
+    """optimizer.py, clip_grads.py, schedules.py, utils.py and megatron.training allocate with a literal device="cuda".
 
     rope_utils.py pins what it moves to the device under context parallelism.
     """
@@ -64,7 +76,7 @@ def _factories() -> None:
 
         return make
 
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
 
@@ -202,3 +214,46 @@ def _sequence_parallel_norm() -> None:
         return module
 
     WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _barrier() -> None:
+    """Timers and checkpoints wait with barrier(device_ids=...), which gloo refuses."""
+    barrier = torch.distributed.barrier
+    torch.distributed.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group, async_op)
+
+
+def _no_makefile() -> None:
+    """initialize.py compiles helpers of datasets that the wheel has compiled already, and without a Makefile exits."""
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
+
+
+def _architecture() -> None:
+    """arguments.py asks whether the GPU is older than Blackwell, which would want one hardware queue."""
+    from megatron.training import arguments
+
+    arguments.get_device_arch_version = lambda: 10
+
+
+def _initialization() -> None:
+    """initialize_megatron asserts that CUDA is there, sets its device, and makes groups only if it counts devices.
+
+    The answers hold for that call alone: whatever else asks whether there is a GPU hears the truth.
+    """
+    from megatron.training import training
+
+    initialize = training.initialize_megatron
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        answers = {"is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda device: None}
+        truth = {name: getattr(torch.cuda, name) for name in answers}
+        try:
+            for name, answer in answers.items():
+                setattr(torch.cuda, name, answer)
+            return initialize(*args, **kwargs)
+        finally:
+            for name, answer in truth.items():
+                setattr(torch.cuda, name, answer)
+
+    training.initialize_megatron = on_cpu

@@ -85,13 +85,23 @@ def build_model(folder: Path, layout: ParallelLayout, options: TrainerOptions) -
     with Checkpoint(folder) as checkpoint:
         hf, names = checkpoint.config, checkpoint.names()
     config = transformer_config(hf, layout, options)
-    chunks = [_build_chunk(config, hf, vp_stage) for vp_stage in (range(layout.vpp) if layout.vpp > 1 else [None])]
+    shape = {
+        "vocab_size": hf["vocab_size"],
+        "max_sequence_length": hf["max_position_embeddings"],
+        "rotary_base": _rope(hf)["rope_theta"],
+        "tied": hf["tie_word_embeddings"],
+    }
+    vp_stages = range(layout.vpp) if layout.vpp > 1 else [None]
+    chunks = [build_chunk(config, vp_stage=vp_stage, **shape) for vp_stage in vp_stages]
     used = [name for chunk in chunks for name in load_weights(chunk, folder)]
-    _check_all_read(folder, names, used)
+    check_all_read(folder, names, used)
     return chunks
 
 
-def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> torch.nn.Module:
+def build_chunk(
+    config: Any, *, vocab_size: int, max_sequence_length: int, rotary_base: int, tied: bool, vp_stage: int | None
+) -> torch.nn.Module:
+    """Build a model chunk of this rank; config: Megatron's TransformerConfig."""
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
@@ -105,13 +115,13 @@ def _build_chunk(config: Any, hf: Mapping[str, Any], vp_stage: int | None) -> to
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=hf["vocab_size"],
-        max_sequence_length=hf["max_position_embeddings"],
+        vocab_size=vocab_size,
+        max_sequence_length=max_sequence_length,
         pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         position_embedding_type="rope",
-        rotary_base=_rope(hf)["rope_theta"],
-        share_embeddings_and_output_weights=hf["tie_word_embeddings"],
+        rotary_base=rotary_base,
+        share_embeddings_and_output_weights=tied,
         vp_stage=vp_stage,
     )
     return model.to(torch.cuda.current_device())  # type: ignore[no-any-return]
@@ -235,8 +245,14 @@ def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"rope_type": kind, "rope_theta": hf["rope_theta"]}
 
 
-def _check_all_read(folder: Path, names: frozenset[str], used: list[str]) -> None:
-    """All ranks together must have read each tensor: one that none has is a weight that the model lacks."""
+def check_all_read(folder: Path, names: frozenset[str], used: list[str]) -> None:
+    """Refuse a checkpoint that has a tensor which no rank has read: it is a weight that the model lacks.
+
+    All ranks must call it; used: the names that this rank has read.
+
+    Raises:
+        ReplayError: Names one such tensor.
+    """
     everybody: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everybody, used)
     unread = names.difference(*everybody)
