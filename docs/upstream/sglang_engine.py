@@ -13,6 +13,7 @@ from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
+enable_cpu()  # before anything imports transformers
 SHAPE = TinyModel()
 PERTURB = Perturbation(seed=0, fraction=0.5)
 """Random experts in half of all rows: two computations of a token then use different ones."""
@@ -20,7 +21,6 @@ PERTURB = Perturbation(seed=0, fraction=0.5)
 
 def start_engine(**options: Any) -> Engine:
     """Return an engine, not yet started; options are those of EngineSettings."""
-    enable_cpu()
     folder = Path(tempfile.mkdtemp())
     write_checkpoint(folder, dtype="float32", seed=0)
     return Engine(EngineSettings(str(folder), routed_experts_format="flat", **{"log_level": "error", **options}))
