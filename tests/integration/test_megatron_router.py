@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
@@ -106,6 +107,24 @@ def test_upstream_tests_of_the_series_pass(series: Series, trees: Mapping[State,
     written = write_upstream_tests(series, tmp_path)
     (tmp_path / "tests/unit_tests/test_utilities.py").write_text(TEST_UTILITIES)
     run(trees[State.APPLIED], "-c", RUN_PYTEST, *map(str, written), path=tmp_path)
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_what_the_patches_mend_is_broken_in_the_release(trees: Mapping[State, Path], number: int) -> None:
+    """The scripts of docs/upstream.md print there what it says."""
+    docs = HERE.parents[1] / "docs"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(docs / "upstream" / f"megatron_000{number}.py")],
+        env={**os.environ, "PYTHONPATH": str(trees[State.NOT_APPLIED])},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    text = (docs / "upstream.md").read_text(encoding="utf-8")
+    said = done.stdout.splitlines()
+    assert said
+    assert [line for line in said if f"    {line}\n" not in text] == []
 
 
 def test_routers_use_what_they_are_given(trees: Mapping[State, Path]) -> None:
