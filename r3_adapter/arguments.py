@@ -7,9 +7,10 @@ megatron.training, whose own parser has the layout flags; the names are the same
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from r3_adapter.layout import ParallelLayout
+if TYPE_CHECKING:
+    from r3_adapter.layout import ParallelLayout
 
 Parser = argparse.ArgumentParser
 
@@ -64,12 +65,14 @@ def add_layout_arguments(parser: Parser) -> Parser:
     return parser
 
 
-def layout_of(args: argparse.Namespace) -> ParallelLayout:
+def layout_of(args: argparse.Namespace) -> "ParallelLayout":
     """Return the layout that the flags of add_layout_arguments say.
 
     Raises:
         LayoutError: sizes that do not fit together.
     """
+    from r3_adapter.layout import ParallelLayout
+
     sizes = {
         "tp": args.tensor_model_parallel_size,
         "pp": args.pipeline_model_parallel_size,

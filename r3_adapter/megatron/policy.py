@@ -185,11 +185,9 @@ class PolicyTrainer:
             Bytes of the weights that this rank has written.
         """
         num_bytes = self.export(folder)
-        state = {"optimizer": self.optimizer.state_dict(), "version": self.version, "layout": str(self.layout)}
+        parts = [(inner.state_dict(), _main_parameters(inner)) for inner in self._inner_optimizers()]
+        state = {"parts": parts, "version": self.version, "layout": str(self.layout)}
         torch.save(state, folder / f"optimizer.{self.rank}.pt")
-        if self.options.trainer.distributed_optimizer:
-            # Its state_dict has no tensors: they are gathered from the data-parallel ranks.
-            self.optimizer.save_parameter_state(str(folder / f"parameters.{self.rank}.pt"))
         return num_bytes
 
     def load_optimizer(self, folder: Path) -> None:
@@ -201,11 +199,17 @@ class PolicyTrainer:
         state = torch.load(folder / f"optimizer.{self.rank}.pt", map_location=self.device, weights_only=True)
         if state["layout"] != str(self.layout):
             raise ReplayError(f"{folder}: optimizer of {state['layout']} != {self.layout}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.options.trainer.distributed_optimizer:
+        for inner, (found, main) in zip(self._inner_optimizers(), state["parts"], strict=True):
+            inner.load_state_dict(found)
             with torch.no_grad():
-                self.optimizer.load_parameter_state(str(folder / f"parameters.{self.rank}.pt"))
+                for parameter, values in zip(_main_parameters(inner), main, strict=True):
+                    parameter.copy_(values)
         self.version = state["version"]
+
+    def _inner_optimizers(self) -> list[Any]:
+        """Return torch's optimizers in Megatron's, each with what this rank updates: a share of it, if distributed."""
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [each.optimizer for each in chained if each.optimizer is not None]
 
     def _batches(self, micro_batches: Sequence[Sequence[Item]]) -> list[MicroBatch]:
         return [
@@ -317,6 +321,11 @@ class PolicyTrainer:
 
             torch.distributed.all_reduce(values, group=ps.get_context_parallel_group())
         return values
+
+
+def _main_parameters(optimizer: Any) -> list[torch.Tensor]:
+    """Return what an optimizer updates: in float32, where the model's parameters have fewer bits."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _pinned(num_bytes: int) -> npt.NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from r3_adapter.plan.stages import even_stages
 def main(argv: Sequence[str]) -> None:
     """Build the rank's chunks and count."""
     rank, checkpoint, layout = int(argv[0]), Path(argv[1]), ParallelLayout(**json.loads(argv[3]))
-    initialize(layout, rank, Path(argv[2]))
+    initialize(layout, rank, f"file://{argv[2]}")
     chunks = build_model(checkpoint, layout, TrainerOptions())
     found = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     model, pp_rank = ModelShape.from_file(checkpoint), layout.coords(rank).pp_rank
