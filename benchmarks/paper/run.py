@@ -68,20 +68,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("paper"), help="folder of checkpoints and runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="RL steps of a run")
     parser.add_argument("--sft-steps", type=int, default=100)
     parser.add_argument("--static-samples", type=int, default=1100, help="of each seed")
     parser.add_argument("--lr", type=float, default=1e-4)
     args = parser.parse_args()
     with cluster():
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for dense in (False, True):
                 once(checkpoint_of(args, seed, dense), lambda out, s=seed, d=dense: learn(args, s, d, out))
             for name, variant in variants(args.lr).items():
                 once(run_of(args, name, seed), lambda out, v=variant, n=name, s=seed: train(args, n, v, s, out))
             once(args.work / f"stale-{seed}", lambda out, s=seed: age(args, s, out))
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for dense in (False, True):
             once(static_of(args, seed, dense), lambda out, s=seed, d=dense: measure(args, s, d, out))
         once(args.work / f"staleness-{seed}", lambda out, s=seed: measure_stale(args, s, out))
@@ -228,7 +228,7 @@ def measure_stale(args: argparse.Namespace, seed: int, out: Path) -> None:
 
 def results(args: argparse.Namespace) -> dict[str, Any]:
     """Put everything together."""
-    seeds = range(args.seeds)
+    seeds = args.seeds
     moe = [read(static_of(args, seed, False)) for seed in seeds]
     dense = [read(static_of(args, seed, True)) for seed in seeds]
     table: dict[str, Any] = {}
@@ -250,7 +250,8 @@ def results(args: argparse.Namespace) -> dict[str, Any]:
     live, replay, floor = (average([each[key]["k3"] for each in moe]) for key in ("live", "replay", "floor"))
     f_live, f_replay = (average([each[key]["f_2"] for each in moe]) for key in ("live", "replay"))
     return {
-        "command": f"python benchmarks/paper/run.py --seeds {args.seeds} --steps {args.steps} --lr {args.lr}",
+        "command": "python benchmarks/paper/run.py --seeds "
+        + " ".join(map(str, [*seeds, "--steps", args.steps, "--lr", args.lr])),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "versions": versions(),
         "response_tokens": sum(each["live"]["tokens"] for each in moe),
@@ -264,7 +265,7 @@ def results(args: argparse.Namespace) -> dict[str, Any]:
                 name: average([read(args.work / f"staleness-{s}")[lag][name]["k3"] for s in seeds])
                 for name in ("live", "replay")
             }
-            for lag in read(args.work / "staleness-0")
+            for lag in read(args.work / f"staleness-{seeds[0]}")
         },
     }
 
