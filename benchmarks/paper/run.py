@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="RL steps of a run")
     parser.add_argument("--sft-steps", type=int, default=100)
-    parser.add_argument("--static-samples", type=int, default=1100, help="of each seed")
+    parser.add_argument("--static-samples", type=int, default=1152, help="of each seed")
     parser.add_argument("--lr", type=float, default=1e-4)
     args = parser.parse_args()
     with cluster():
@@ -220,7 +220,7 @@ def measure_stale(args: argparse.Namespace, seed: int, out: Path) -> None:
     figures = {}
     for lag in (0, 1, 2, 4, 8):
         weights = first if lag == 0 else args.work / f"stale-{seed}" / str(lag)
-        options = TrainerOptions(micro_batch_size=50, qkv_format="thd")
+        options = TrainerOptions(micro_batch_size=48, qkv_format="thd")
         found = score(weights, samples, LAYOUT, options, timeout=1200)
         figures[str(lag)] = {name: compare(np.concatenate(each.logprobs), rollout) for name, each in found.items()}
     (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
