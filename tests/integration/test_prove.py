@@ -151,8 +151,8 @@ def test_weights_are_the_checkpoints(checkpoint: Path, sizes: dict[str, int]) ->
     scores = score(checkpoint, samples, ParallelLayout.smallest(**sizes))
     rollout = np.concatenate([sample.logprobs for sample in samples])
     for name in ("live", "replay"):
-        # float32: sums in another order; a wrong weight is off by 1e-2 and more.
-        assert gap(np.concatenate(scores[name].logprobs), rollout).max_abs <= 1e-5
+        # float32: sums in another order, 1.2e-5 at most so far; a wrong weight is off by 1e-2 and more.
+        assert gap(np.concatenate(scores[name].logprobs), rollout).max_abs <= 3e-5
         assert set(scores[name].agreement.values()) == {1.0}
 
 
