@@ -163,8 +163,9 @@ def train(model: torch.nn.Module, batches: Sequence[MicroBatch], traces: Sequenc
         record.bits[name] = parameter.main_grad.clone()
     record.bits |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     record.bits |= {f"losses {index}": found.clone() for index, found in enumerate(losses)}
-    if "values" in MTPLossLoggingHelper.tracker:
-        record.bits["MTP loss"] = MTPLossLoggingHelper.tracker["values"].clone()
+    # Its name in 0.16.1, and in 0.19.2.
+    for name in {"values", "loss_values"} & MTPLossLoggingHelper.tracker.keys():
+        record.bits["MTP loss"] = MTPLossLoggingHelper.tracker[name].clone()
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])
     return record
