@@ -172,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
         # Rollouts of two turns that are ahead: weights come while they are under way.
         ahead = options_of(checkpoint, folder.with_name("ahead"), num_rollouts=5)
         policy = replace(ahead.policy, staleness="keep", lr=1e-6)
-        params = {**ahead.sampling_params, "max_new_tokens": 80}
+        params = {**ahead.sampling_params, "max_new_tokens": 110}
         Loop(replace(ahead, lag=1, task="add", policy=policy, sampling_params=params)).run()
 
 
