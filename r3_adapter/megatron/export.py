@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.replay import unwrapped
 from r3_adapter.megatron.weights import place_of, source_of
 
 
@@ -31,9 +32,7 @@ def export_weights(chunks: Sequence[torch.nn.Module], base: Path, folder: Path) 
     rank = torch.distributed.get_rank()
     tensors: dict[str, torch.Tensor] = {}
     for chunk in chunks:
-        model: Any = chunk
-        while hasattr(model, "module"):
-            model = model.module
+        model = unwrapped(chunk)
         for name, parameter in model.named_parameters():
             tensors.update(_tensors_of(model, name, parameter.detach(), config))
     folder.mkdir(parents=True, exist_ok=True)

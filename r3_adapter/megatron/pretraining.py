@@ -19,7 +19,7 @@ import torch
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.batches import MicroBatch
-from r3_adapter.megatron.replay import ReplayBatch, Staleness, agree, prepare
+from r3_adapter.megatron.replay import ReplayBatch, Staleness, agreed, prepare
 from r3_adapter.rollout import Sample
 
 ROW_KINDS = ("replayed", "live", "padding", "stale")
@@ -90,16 +90,7 @@ def prepared(
         chunks = list(model) if isinstance(model, list) else [model]
         # With VPP each chunk has an iterator over the same samples; one is enough, and only that one is advanced.
         samples = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-        problem, cause = "", None
-        steps: list[list[PreparedBatch]] = []
-        try:
-            steps = _prepare_all(chunks, samples, num_microbatches)
-        except Exception as error:  # Whatever it is, the other ranks must hear of it.
-            problem, cause = f"{type(error).__name__}: {error}", error
-        try:
-            agree(problem)
-        except ReplayError as told:
-            raise told from cause
+        steps = agreed(lambda: _prepare_all(chunks, samples, num_microbatches))
         iterators = [iter(step) for step in (_with_rows(steps) if replay else steps)]
         return schedule(
             data_iterator=iterators if isinstance(model, list) and len(chunks) > 1 else iterators[0],

@@ -3,9 +3,9 @@
 T: tokens of this rank; M: MoE layers of the chunk; K: experts a token; E: experts of a layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from r3_adapter.repack import LIVE, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
 _MESSAGE_BYTES = 1024
+_Made = TypeVar("_Made")
 
 Staleness = Literal["refuse", "live", "keep"]
 """What to do with rows that other weights computed: raise, route them live, or replay them all the same."""
@@ -72,9 +73,8 @@ def prepare_step(
     Raises:
         R3Error: On every rank, what the ranks that refuse have said.
     """
-    problem, cause, batches = "", None, list[list[ReplayBatch]]()
-    try:
-        batches = [
+    return agreed(
+        lambda: [
             [
                 prepare(
                     chunk,
@@ -91,13 +91,25 @@ def prepare_step(
             ]
             for chunk in chunks
         ]
+    )
+
+
+def agreed(make: Callable[[], _Made]) -> _Made:
+    """Return what `make` makes, or raise on all ranks if it raises on one; every rank must call it.
+
+    Raises:
+        ReplayError: Names each rank whose `make` has raised, and what.
+    """
+    problem, cause, made = "", None, None
+    try:
+        made = make()
     except Exception as error:  # Whatever it is, the other ranks must hear of it.
         problem, cause = f"{type(error).__name__}: {error}", error
     try:
         agree(problem)
     except ReplayError as told:
         raise told from cause
-    return batches
+    return cast(_Made, made)
 
 
 def agree(problem: str) -> None:
@@ -137,15 +149,20 @@ def current_layout() -> ParallelLayout:
     )
 
 
+def unwrapped(chunk: torch.nn.Module) -> Any:
+    """Return the GPTModel of a chunk, wrapped or not."""
+    model: Any = chunk
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def moe_routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
     """Yield the global decoder layer (from 0) and the router of each MoE layer of a GPTModel, wrapped or not.
 
     Layers of multi-token prediction are not among them: routers there see no route.
     """
-    model: Any = chunk
-    while hasattr(model, "module"):
-        model = model.module
-    for layer in model.decoder.layers:
+    for layer in unwrapped(chunk).decoder.layers:
         if layer.is_moe_layer:
             yield layer.layer_number - 1, layer.mlp.router
 
