@@ -1,6 +1,5 @@
 """From rollouts to what the trainer's ranks are given, and from their figures to a step's metrics."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +78,7 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
     for rollout in rollouts:
         for stage, spent in rollout.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
+    kinds = dict.fromkeys(kind for each in figures for kind in each.rows)
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std()),
@@ -96,7 +96,7 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
         "response_tokens": gap.tokens,
         "samples": len(items),
         "agreement": {str(layer): int(equal) / max(1, int(ids)) for layer, (ids, equal) in sorted(agreement.items())},
-        "rows": dict(sum((Counter(each.rows) for each in figures), Counter())) | _no_rows(figures),
+        "rows": {kind: sum(each.rows.get(kind, 0) for each in figures) for kind in kinds},
         "seconds": seconds,
         "bytes": {"routes": sum(item.ref.num_bytes for item in items)},
         "memory": {
@@ -104,9 +104,3 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
             "engine_rss": sum(rollout.resident_bytes for rollout in rollouts),
         },
     }
-
-
-def _no_rows(figures: Sequence[Figures]) -> dict[str, int]:
-    """Counters drop what is zero."""
-    kinds = {kind for each in figures for kind in each.rows}
-    return {kind: 0 for kind in kinds if not any(each.rows.get(kind) for each in figures)}

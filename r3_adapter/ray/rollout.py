@@ -11,7 +11,7 @@ import psutil
 import ray
 
 from r3_adapter.errors import R3Error
-from r3_adapter.ray.store import Judged, SampleRef, put_group
+from r3_adapter.ray.store import Placed, SampleRef, put_group
 from r3_adapter.rl.tasks import Task, task_named
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.conversation import Conversation
@@ -74,12 +74,12 @@ class RolloutActor:
             return result
         start = time.perf_counter()
         result.rewards = [reward for _, reward in talks]
-        judged = [
-            Judged(sample, index, part, reward)
-            for index, (samples, reward) in enumerate(talks)
+        placed = [
+            Placed(sample, index, part)
+            for index, (samples, _) in enumerate(talks)
             for part, sample in enumerate(samples)
         ]
-        result.samples = put_group(group.number, judged, self._stages)
+        result.samples = put_group(group.number, placed, self._stages)
         result.seconds["transport"] += time.perf_counter() - start
         if group.number == 0:
             own = psutil.Process()

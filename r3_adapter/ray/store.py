@@ -27,20 +27,17 @@ class SampleRef:
         conversation, more than one where the engine computed turns again.
     shards: an object for each pipeline stage; place: of the sample in each; digests: of its trace in each.
     num_bytes: of its routes, of all stages.
-    weight_versions: of the rows.
     """
 
     group: int
     index: int
     part: int
-    reward: float
     num_tokens: int
     num_sampled: int
     shards: tuple["ray.ObjectRef[Any]", ...]
     place: int
     digests: tuple[str, ...]
     num_bytes: int
-    weight_versions: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -48,19 +45,18 @@ class SampleRef:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A sample of a group, with its reward; index and part as in SampleRef."""
+class Placed:
+    """A sample's place in its group; index and part as in SampleRef."""
 
     sample: Sample
     index: int
     part: int
-    reward: float
 
 
-def put_group(group: int, judged: Sequence[Judged], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
+def put_group(group: int, placed: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
     """Put the samples of a prompt into the object store; stages: the global MoE layers of each pipeline stage."""
     refs: list[SampleRef] = []
-    for batch in _batches(judged):
+    for batch in _batches(placed):
         shards, traces = [], []
         for layers in stages:
             # A stage without MoE layers needs the tokens all the same.
@@ -74,24 +70,22 @@ def put_group(group: int, judged: Sequence[Judged], stages: Sequence[Sequence[in
                     group=group,
                     index=each.index,
                     part=each.part,
-                    reward=each.reward,
                     num_tokens=each.sample.trace.num_tokens,
                     num_sampled=int(each.sample.sampled.sum()),
                     shards=tuple(shards),
                     place=place,
                     digests=tuple(trace.digest() for trace in mine),
                     num_bytes=sum(trace.topk_ids.nbytes for trace in mine),
-                    weight_versions=each.sample.trace.weight_versions,
                 )
             )
     return refs
 
 
-def _batches(judged: Sequence[Judged]) -> list[list[Judged]]:
+def _batches(placed: Sequence[Placed]) -> list[list[Placed]]:
     """Share samples out over objects: small ones have one together, a large one has its own."""
-    batches: list[list[Judged]] = []
+    batches: list[list[Placed]] = []
     room = 0
-    for each in judged:
+    for each in placed:
         size = each.sample.trace.topk_ids.nbytes
         if size > room:
             batches.append([])

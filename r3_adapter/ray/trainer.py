@@ -13,7 +13,7 @@ import ray
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import Figures, Item, PolicyOptions, PolicyTrainer
 from r3_adapter.ray.store import SampleRef, get_samples
-from r3_adapter.rollout import Sample, unrouted
+from r3_adapter.rollout import unrouted
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class TrainerActor:
 
     def fit(self, micro_batches: Sequence[Sequence[Spoken]]) -> tuple[float, float]:
         """Make a supervised step; return the mean loss and the gradient's norm."""
-        return self._trainer.fit([[Item(_learnt(each), 0.0) for each in batch] for batch in micro_batches])
+        return self._trainer.fit(
+            [[Item(unrouted(each.tokens, each.sampled), 0.0) for each in batch] for batch in micro_batches]
+        )
 
     def export(self, folder: str) -> int:
         """Write this rank's share of the weights; return its bytes."""
@@ -110,10 +112,6 @@ class TrainerActor:
     def save(self, folder: str) -> int:
         """Write this rank's share of a checkpoint; return the bytes of its weights."""
         return self._trainer.save(Path(folder))
-
-
-def _learnt(spoken: Spoken) -> Sample:
-    return unrouted(spoken.tokens, spoken.sampled)
 
 
 class TrainerGroup:

@@ -18,8 +18,8 @@ from r3_adapter.ray.store import SampleRef
 LAYOUTS = [ParallelLayout(), ParallelLayout(dp=3), ParallelLayout(pp=2, vpp=2, dp=2), ParallelLayout(tp=2, cp=2, dp=2)]
 
 
-def ref(group: int, index: int, length: int, reward: float = 0.0, part: int = 0) -> SampleRef:
-    return SampleRef(group, index, part, reward, length + 3, length, (), 0, (), 10 * length, ("0",))
+def ref(group: int, index: int, length: int, part: int = 0) -> SampleRef:
+    return SampleRef(group, index, part, length + 3, length, (), 0, (), 10 * length)
 
 
 def rollouts(lengths: list[int], size: int = 4) -> list[Rollout]:
@@ -27,7 +27,7 @@ def rollouts(lengths: list[int], size: int = 4) -> list[Rollout]:
     for number in range(len(lengths) // size):
         mine = lengths[number * size : (number + 1) * size]
         rewards = [float(i % 2) for i in range(size)]
-        samples = [ref(number, i, length, rewards[i]) for i, length in enumerate(mine)]
+        samples = [ref(number, i, length) for i, length in enumerate(mine)]
         found.append(Rollout(number, samples, rewards))
     return found
 
