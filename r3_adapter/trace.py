@@ -6,7 +6,7 @@ S: tokens of the sample; M: its MoE layers; K: experts a token; E: experts of a 
 import hashlib
 import json
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
@@ -23,6 +23,7 @@ NOT_CAPTURED = -1
 _MAX_HEADER = 1 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
 _RANKS = {"topk_ids": 3, "token_ids": 1, "version_ids": 1, "layer_ids": 1}
+_PER_TOKEN = ("topk_ids", "token_ids", "version_ids")
 
 
 def ids_dtype(num_experts: int) -> np.dtype[Any]:
@@ -84,16 +85,19 @@ class RoutingTrace:
         """[S] bool; whether the row holds a route."""
         return self.version_ids >= 0
 
-    def head(self, num_tokens: int) -> "RoutingTrace":
-        """Return the trace of the first tokens; 0 of them stand for a sequence of nothing but padding.
+    def rows(self, start: int, stop: int) -> "RoutingTrace":
+        """Return the trace of the tokens from start up to stop, a view; none of them stand for a sequence of padding.
 
         Raises:
-            TraceError: more tokens than the trace has, or fewer than none.
+            TraceError: tokens that the trace does not have.
         """
-        if not 0 <= num_tokens <= self.num_tokens:
-            raise TraceError(f"head of {num_tokens} tokens outside 0 to {self.num_tokens}")
-        rows = {name: getattr(self, name)[:num_tokens] for name in ("topk_ids", "token_ids", "version_ids")}
-        return replace(self, **rows)
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise TraceError(f"rows {start} to {stop} outside 0 to {self.num_tokens}")
+        # What all rows were checked for holds for some of them.
+        part = object.__new__(RoutingTrace)
+        part.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_digest"})
+        part.__dict__.update({name: getattr(self, name)[start:stop] for name in _PER_TOKEN})
+        return part
 
     def at_layers(self, layer_ids: Collection[int]) -> "RoutingTrace":
         """Return the trace of some of its layers, such as those of a pipeline stage.
@@ -158,6 +162,46 @@ class RoutingTrace:
         if "digest" in metadata and metadata["digest"] != (found := trace.digest()):
             raise TraceError(f"{place}: digest {found} != {metadata['digest']} of its header")
         return trace
+
+
+def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """Return the rows of traces of one model, one after the other; `rows` gives each back.
+
+    Raises:
+        TraceError: no traces, or traces of several models.
+    """
+    if not traces:
+        raise TraceError("no traces to concatenate")
+    first = traces[0]
+    if len(traces) == 1:
+        return first
+    want = (first.num_experts, first.topk, first.layer_ids.tolist())
+    for number, trace in enumerate(traces):
+        if (found := (trace.num_experts, trace.topk, trace.layer_ids.tolist())) != want:
+            raise TraceError(f"num_experts, topk and layer_ids {found} of trace {number} != {want} of trace 0")
+    names = list(dict.fromkeys(name for trace in traces for name in trace.weight_versions))
+    return RoutingTrace(
+        topk_ids=_joined([trace.topk_ids for trace in traces]),
+        token_ids=_joined([trace.token_ids for trace in traces]),
+        version_ids=_joined([_renamed(trace, names) for trace in traces]),
+        layer_ids=first.layer_ids,
+        num_experts=first.num_experts,
+        weight_versions=tuple(names),
+    )
+
+
+def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    joined = np.concatenate(arrays)
+    joined.flags.writeable = False
+    return joined
+
+
+def _renamed(trace: RoutingTrace, names: Sequence[str]) -> npt.NDArray[np.int32]:
+    """Return version_ids as indices into other names."""
+    # Index -1, "not captured", stays: it picks the last entry.
+    index = np.array([*(names.index(name) for name in trace.weight_versions), NOT_CAPTURED], np.int32)
+    found: npt.NDArray[np.int32] = index[trace.version_ids]
+    return found
 
 
 def _as_frozen(name: str, array: Any, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

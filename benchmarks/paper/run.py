@@ -20,7 +20,7 @@ import numpy as np
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.megatron.request import TrainerOptions
-from r3_adapter.megatron.trainer import Scores, score
+from r3_adapter.megatron.trainer import score
 from r3_adapter.metrics import gap, tail_share
 from r3_adapter.ray.cluster import cluster
 from r3_adapter.ray.loop import Loop, LoopOptions
@@ -195,7 +195,8 @@ def measure(args: argparse.Namespace, seed: int, dense: bool, out: Path) -> None
     # The trainer against itself, the same routes in both: what is left is rounding in another order.
     figures["floor"] = compare(np.concatenate(again["replay"].logprobs), np.concatenate(found["replay"].logprobs))
     figures["floor_live"] = compare(np.concatenate(again["live"].logprobs), np.concatenate(found["live"].logprobs))
-    figures["routers_that_differ"] = share_that_differs(found["live"])
+    figures["routers_that_differ"] = 1 - equal_share(*found["live"].layers.values())
+    figures["tokens_that_differ"] = 1 - equal_share(found["live"].tokens)
     (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
@@ -206,10 +207,9 @@ def compare(ours: Any, theirs: Any) -> dict[str, Any]:
     return {"tokens": found.tokens, "k3": found.k3, "f_2": found.f_2, "max_abs": found.max_abs, "f": curve}
 
 
-def share_that_differs(scores: Scores) -> float:
-    """Return the share of (token, layer) rows in which a live router takes other experts than the rollout did."""
-    rows = sum(counts["rows"] for counts in scores.layers.values())
-    return 1 - scores.rows_equal / max(1, rows)
+def equal_share(*counts: Mapping[str, int]) -> float:
+    """Return the share of rows in which a live router takes just the experts that the rollout did."""
+    return sum(each["rows_equal"] for each in counts) / max(1, sum(each["rows"] for each in counts))
 
 
 def measure_stale(args: argparse.Namespace, seed: int, out: Path) -> None:
@@ -246,6 +246,10 @@ def results(args: argparse.Namespace) -> dict[str, Any]:
             "r3_stages": summaries[0]["r3_stages"],
             "seconds_a_step": average([each["seconds"] / each["steps"] for each in summaries]),
             "route_bytes_a_step": average([np.mean([s["bytes"]["routes"] for s in run.steps]) for run in runs]),
+            "resident_bytes": {
+                name: max(step["memory"][name] for run in runs for step in run.steps)
+                for name in ("trainer_rss", "engine_rss")
+            },
         }
     live, replay, floor = (average([each[key]["k3"] for each in moe]) for key in ("live", "replay", "floor"))
     f_live, f_replay = (average([each[key]["f_2"] for each in moe]) for key in ("live", "replay"))

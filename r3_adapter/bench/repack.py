@@ -283,7 +283,7 @@ def measure_linearity(traces: Sequence[RoutingTrace], max_mib: int) -> dict[str,
         while need > 0:  # the same traces again and again where the step is larger than all of them
             trace = flat[at % len(flat)]
             if trace.num_tokens > need:
-                trace = trace.head(need)
+                trace = trace.rows(0, need)
             chosen.append(trace)
             need -= trace.num_tokens
             at += 1

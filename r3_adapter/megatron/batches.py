@@ -150,7 +150,7 @@ def _build(
     fed = places[..., 1] < np.array([sample.trace.num_tokens - 1 for sample in mine])[places[..., 0]]
     places = places + np.array([chosen.start, 0])
     return MicroBatch(
-        traces=[sample.trace.head(sample.trace.num_tokens - 1) for sample in mine],
+        traces=[sample.trace.rows(0, sample.trace.num_tokens - 1) for sample in mine],
         packing=packing,
         tokens=torch.from_numpy(np.where(fed, ids[at], 0)).to(device),
         labels=torch.from_numpy(ids[at + 1]).to(device),

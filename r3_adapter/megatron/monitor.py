@@ -57,10 +57,12 @@ class RouterMonitor:
     """Watches the routers of a rank's model chunks, in forward passes and in recomputation.
 
     layers: counts by global decoder layer.
+    tokens: by micro-batch, which of the rows that have a route use it in all layers so far.
     record: keep the experts that were used, for `recorded`.
     """
 
     layers: dict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
+    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
     record: bool = False
     _used: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _latest: ReplayBatch | None = None
@@ -116,9 +118,11 @@ class RouterMonitor:
             want = batch.routed_experts[index].to(torch.int64)[replayed]
             hits = routing_map[replayed].gather(1, want).sum(1)
             alone = routing_map[replayed].sum(1) == want.shape[1]
+            equal = (hits == want.shape[1]) & alone
+            self.tokens[id(batch)] = self.tokens.get(id(batch), torch.ones_like(equal)) & equal
             counts = self.layers[layer_id]
             counts.rows += want.shape[0]
-            counts.rows_equal += int(((hits == want.shape[1]) & alone).sum())
+            counts.rows_equal += int(equal.sum())
             counts.ids += want.numel()
             counts.ids_equal += int(hits.sum())
 

@@ -74,7 +74,11 @@ def _run(
             forward(chunks, batches, routes, live=name == "live", expect=monitor.expect, keep=keep)
             grad_norm = None
     layers = {str(layer): asdict(counts) for layer, counts in monitor.layers.items()}
-    return {"layers": layers, "grad_norm": grad_norm}, found
+    tokens = {"rows": 0, "rows_equal": 0}
+    for equal in monitor.tokens.values():
+        tokens["rows"] += len(equal)
+        tokens["rows_equal"] += int(equal.sum())
+    return {"layers": layers, "tokens": tokens, "grad_norm": grad_norm}, found
 
 
 def _keep(

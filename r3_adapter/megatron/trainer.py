@@ -6,6 +6,7 @@ R: response tokens of a sample.
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ class Scores:
     logprobs: [R] float32 a sample.
     layers: by global decoder layer, what its router did with the rows that have a route: rows, rows_equal (all experts
         are the route's), ids, ids_equal, summed over ranks. Recomputed rows count again.
+    tokens: the tokens that have a route, and those of which all rows on the rank are the route's, summed over ranks.
     grad_norm: of the training pass, before clipping.
     """
 
     logprobs: list[npt.NDArray[np.float32]]
     layers: dict[int, Mapping[str, int]]
+    tokens: Mapping[str, int]
     grad_norm: float | None
 
     @property
@@ -95,10 +98,12 @@ def score(
 
 def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
     layers: dict[int, dict[str, int]] = {}
+    tokens = Counter[str]()
     grad_norms = set()
     for path in out.glob(f"{name}.*.json"):
         figures = json.loads(path.read_text(encoding="utf-8"))
         grad_norms.add(figures["grad_norm"])
+        tokens.update(figures["tokens"])
         for layer, counts in figures["layers"].items():
             total = layers.setdefault(int(layer), dict.fromkeys(counts, 0))
             for key, count in counts.items():
@@ -116,4 +121,6 @@ def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
             raise ReplayError(f"sample {index}: {have} tokens scored != {sample.num_response_tokens}")
     if len(grad_norms) != 1:
         raise ReplayError(f"ranks have different norms of one gradient: {sorted(grad_norms)}")
-    return Scores([found[index] for index in range(len(samples))], dict(sorted(layers.items())), grad_norms.pop())
+    return Scores(
+        [found[index] for index in range(len(samples))], dict(sorted(layers.items())), tokens, grad_norms.pop()
+    )

@@ -11,12 +11,15 @@ import psutil
 import ray
 
 from r3_adapter.errors import R3Error
-from r3_adapter.ray.store import Placed, SampleRef, put_group
+from r3_adapter.ray.store import OBJECT_BYTES, Placed, SampleRef, put_samples
 from r3_adapter.rl.tasks import Task, task_named
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.conversation import Conversation
 from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.settings import EngineSettings
+
+_LINGER = 0.05
+"""Seconds for which a group waits for others to share an object with."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class RolloutActor:
         self._engine = Engine(EngineSettings.from_json(settings)).__enter__()
         self._task: Task = task_named(task)
         self._params, self._stages = sampling_params, stages
+        self._under_way = 0
+        self._waiting: list[tuple[Sequence[Placed], asyncio.Future[list[SampleRef]]]] = []
 
     async def ready(self) -> str:
         """Return the name of the weights, once the engine has started."""
@@ -67,24 +72,48 @@ class RolloutActor:
     async def generate(self, group: Group) -> Rollout:
         """Roll out a group; its conversations run beside each other and beside those of other groups."""
         result = Rollout(group.number)
+        self._under_way += 1
         try:
             talks = await asyncio.gather(*(self._converse(group, i, result) for i in range(group.num_samples)))
         except R3Error as error:
             result.lost = f"{type(error).__name__}: {error}"
             return result
-        start = time.perf_counter()
+        finally:
+            self._under_way -= 1
         result.rewards = [reward for _, reward in talks]
         placed = [
-            Placed(sample, index, part)
+            Placed(sample, group.number, index, part)
             for index, (samples, _) in enumerate(talks)
             for part, sample in enumerate(samples)
         ]
-        result.samples = put_group(group.number, placed, self._stages)
-        result.seconds["transport"] += time.perf_counter() - start
+        result.samples = await self._store(placed, result)
         if group.number == 0:
             own = psutil.Process()
             result.resident_bytes = sum(each.memory_info().rss for each in (own, *own.children(recursive=True)))
         return result
+
+    async def _store(self, placed: Sequence[Placed], result: Rollout) -> list[SampleRef]:
+        """Put a group's samples into the object store; small ones share an object with groups that end soon after."""
+        mine: asyncio.Future[list[SampleRef]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((placed, mine))
+        size = sum(each.sample.trace.topk_ids.nbytes for group, _ in self._waiting for each in group)
+        if self._under_way and size < OBJECT_BYTES:
+            await asyncio.wait([mine], timeout=_LINGER)
+        if not mine.done():
+            start = time.perf_counter()
+            self._store_waiting()
+            result.seconds["transport"] += time.perf_counter() - start
+        return mine.result()
+
+    def _store_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        try:
+            refs = iter(put_samples([each for group, _ in waiting for each in group], self._stages))
+            for group, its_refs in waiting:
+                its_refs.set_result([next(refs) for _ in group])
+        except Exception as error:
+            for _, its_refs in waiting:
+                its_refs.set_exception(error)
 
     async def update_weights(self, folder: str, version: str) -> None:
         """Load weights; groups under way go on across the update."""
@@ -93,16 +122,17 @@ class RolloutActor:
     async def _converse(self, group: Group, index: int, result: Rollout) -> tuple[list[Sample], float]:
         task, prompt = self._task, group.prompt
         talk = Conversation(prompt, self._engine.facts, place=f"prompt {group.number}, sample {index}")
+        name = f"{group.number}.{index}" if task.max_turns > 1 else ""
         for turn in range(task.max_turns):
             before, version = len(talk.tokens), self._engine.weight_version
             try:
-                self._take(talk, await self._ask(talk), result)
+                self._take(talk, await self._ask(talk, name), result)
             except R3Error:
                 if not talk.start:
                     raise
                 # The cache has lost the turns before, or the weights have changed: compute them again with this one.
                 talk.start = 0
-                self._take(talk, await self._ask(talk), result)
+                self._take(talk, await self._ask(talk, name), result)
             said = talk.tokens[before:]
             answer = task.reply(prompt, said, turn)
             if answer is None or turn + 1 == task.max_turns:
@@ -112,8 +142,8 @@ class RolloutActor:
                 talk.start = 0
         return talk.samples(), task.reward(prompt, said)
 
-    async def _ask(self, talk: Conversation) -> Any:
-        return await self._engine.reply(talk.tokens, self._params, start=talk.start)
+    async def _ask(self, talk: Conversation, name: str) -> Any:
+        return await self._engine.reply(talk.tokens, self._params, start=talk.start, conversation=name)
 
     @staticmethod
     def _take(talk: Conversation, reply: Any, result: Rollout) -> None:

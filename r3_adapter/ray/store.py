@@ -6,6 +6,7 @@ share of it there, and copies nothing else.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ import ray
 
 from r3_adapter.errors import R3Error, TraceError
 from r3_adapter.rollout import Sample
-from r3_adapter.trace import RoutingTrace
+from r3_adapter.trace import RoutingTrace, concatenate
 
-# An object costs as much as moving this many bytes.
-_OBJECT_BYTES = 1 << 20
+OBJECT_BYTES = 1 << 20
+"""An object costs as much as moving this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class SampleRef:
 
     group: number of the prompt in its batch; index: of the conversation in the group; part: of the sample in the
         conversation, more than one where the engine computed turns again.
-    shards: an object for each pipeline stage; place: of the sample in each; digests: of its trace in each.
+    objects: one for each pipeline stage; start: place of the sample's first token in each.
+    digests: of the sample's rows in each.
     num_bytes: of its routes, of all stages.
     """
 
@@ -33,9 +35,10 @@ class SampleRef:
     index: int
     part: int
     num_tokens: int
+    num_prompt_tokens: int
     num_sampled: int
-    shards: tuple["ray.ObjectRef[Any]", ...]
-    place: int
+    objects: tuple["ray.ObjectRef[Any]", ...]
+    start: int
     digests: tuple[str, ...]
     num_bytes: int
 
@@ -46,39 +49,17 @@ class SampleRef:
 
 @dataclass(frozen=True)
 class Placed:
-    """A sample's place in its group; index and part as in SampleRef."""
+    """A sample and its place in its batch; group, index and part as in SampleRef."""
 
     sample: Sample
+    group: int
     index: int
     part: int
 
 
-def put_group(group: int, placed: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
-    """Put the samples of a prompt into the object store; stages: the global MoE layers of each pipeline stage."""
-    refs: list[SampleRef] = []
-    for batch in _batches(placed):
-        shards, traces = [], []
-        for layers in stages:
-            # A stage without MoE layers needs the tokens all the same.
-            cut = [each.sample.trace.at_layers(layers or each.sample.trace.layer_ids[:1].tolist()) for each in batch]
-            shards.append(ray.put([_shard(each.sample, trace) for each, trace in zip(batch, cut, strict=True)]))
-            traces.append(cut)
-        for place, each in enumerate(batch):
-            mine = [cut[place] for cut in traces]
-            refs.append(
-                SampleRef(
-                    group=group,
-                    index=each.index,
-                    part=each.part,
-                    num_tokens=each.sample.trace.num_tokens,
-                    num_sampled=int(each.sample.sampled.sum()),
-                    shards=tuple(shards),
-                    place=place,
-                    digests=tuple(trace.digest() for trace in mine),
-                    num_bytes=sum(trace.topk_ids.nbytes for trace in mine),
-                )
-            )
-    return refs
+def put_samples(placed: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
+    """Put samples into the object store; stages: the global MoE layers of each pipeline stage."""
+    return [ref for batch in _batches(placed) for ref in _put(batch, stages)]
 
 
 def _batches(placed: Sequence[Placed]) -> list[list[Placed]]:
@@ -89,43 +70,79 @@ def _batches(placed: Sequence[Placed]) -> list[list[Placed]]:
         size = each.sample.trace.topk_ids.nbytes
         if size > room:
             batches.append([])
-            room = _OBJECT_BYTES
+            room = OBJECT_BYTES
         batches[-1].append(each)
         room -= size
     return batches
 
 
-def _shard(sample: Sample, trace: RoutingTrace) -> dict[str, Any]:
-    return {
-        "trace": np.frombuffer(trace.to_bytes(), np.uint8),
-        "logprobs": sample.logprobs,
-        "sampled": sample.sampled,
-        "num_prompt_tokens": sample.num_prompt_tokens,
-    }
+def _put(batch: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
+    samples = [each.sample for each in batch]
+    together = concatenate([sample.trace for sample in samples])
+    # A stage without MoE layers needs the tokens all the same.
+    traces = [together.at_layers(layers or together.layer_ids[:1].tolist()) for layers in stages]
+    starts = np.cumsum([0, *(sample.trace.num_tokens for sample in samples)]).tolist()
+    logprobs, sampled = np.zeros(starts[-1], np.float32), np.zeros(starts[-1], np.bool_)
+    for sample, stop in zip(samples, starts[1:], strict=True):
+        response = slice(stop - sample.num_response_tokens, stop)
+        logprobs[response], sampled[response] = sample.logprobs, sample.sampled
+    objects = tuple(
+        ray.put({"trace": np.frombuffer(trace.to_bytes(), np.uint8), "logprobs": logprobs, "sampled": sampled})
+        for trace in traces
+    )
+    row_bytes = sum(trace.topk_ids[0].nbytes for trace in traces)
+    return [
+        SampleRef(
+            group=each.group,
+            index=each.index,
+            part=each.part,
+            num_tokens=stop - start,
+            num_prompt_tokens=each.sample.num_prompt_tokens,
+            num_sampled=int(each.sample.sampled.sum()),
+            objects=objects,
+            start=start,
+            digests=tuple(trace.rows(start, stop).digest() for trace in traces),
+            num_bytes=(stop - start) * row_bytes,
+        )
+        for each, (start, stop) in zip(batch, pairwise(starts), strict=True)
+    ]
 
 
 def get_samples(refs: Sequence[SampleRef], stage: int, *, timeout: float) -> tuple[list[Sample], dict[int, str]]:
-    """Get a stage's shards; return the samples, and by its number what is wrong with each that is lost or damaged.
+    """Get a stage's objects; return the samples, and by its number what is wrong with each that is lost or damaged.
 
     Nothing is copied: the traces are views of the object store.
     """
+    found = _get_all({ref.objects[stage] for ref in refs}, timeout)
+    opened = {ref: _open(each) for ref, each in found.items()}
     samples, problems = [], dict[int, str]()
-    objects = _get_all({ref.shards[stage] for ref in refs}, timeout)
     for number, ref in enumerate(refs):
-        found = objects[ref.shards[stage]]
+        place = ref.objects[stage]
         try:
-            if isinstance(found, Exception):
-                raise R3Error(f"lost: {type(found).__name__}")
-            shard = found[ref.place]
-            trace = RoutingTrace.from_bytes(shard["trace"].data, place=ref.name)
-            if (digest := trace.digest()) != ref.digests[stage]:
-                raise TraceError(
-                    f"{ref.name}: digest {digest} != {ref.digests[stage]} of the sample that was rolled out"
-                )
-            samples.append(Sample(trace, shard["num_prompt_tokens"], shard["logprobs"], 0, shard["sampled"]))
+            samples.append(_sample(ref, opened[place], found[place], ref.digests[stage]))
         except R3Error as error:
-            problems[number] = str(error)
+            problems[number] = f"{ref.name}: {error}"
     return samples, problems
+
+
+def _open(found: Any) -> RoutingTrace | R3Error:
+    """Return the rows of an object, or why there are none."""
+    if isinstance(found, Exception):
+        return R3Error(f"lost: {type(found).__name__}")
+    try:
+        return RoutingTrace.from_bytes(found["trace"].data, place="object")
+    except TraceError as error:
+        return error
+
+
+def _sample(ref: SampleRef, rows: RoutingTrace | R3Error, found: Any, digest: str) -> Sample:
+    if isinstance(rows, R3Error):
+        raise rows
+    trace = rows.rows(ref.start, ref.start + ref.num_tokens)
+    if trace.digest() != digest:
+        raise TraceError(f"digest {trace.digest()} != {digest} of the sample that was rolled out")
+    response = slice(ref.start + ref.num_prompt_tokens, ref.start + ref.num_tokens)
+    return Sample(trace, ref.num_prompt_tokens, found["logprobs"][response], 0, found["sampled"][response])
 
 
 def _get_all(wanted: Collection["ray.ObjectRef[Any]"], timeout: float) -> dict["ray.ObjectRef[Any]", Any]:
@@ -137,8 +154,8 @@ def _get_all(wanted: Collection["ray.ObjectRef[Any]"], timeout: float) -> dict["
         return {ref: _get_one(ref, timeout) for ref in refs}
 
 
-def _get_one(shard: "ray.ObjectRef[Any]", timeout: float) -> Any:
+def _get_one(wanted: "ray.ObjectRef[Any]", timeout: float) -> Any:
     try:
-        return ray.get(shard, timeout=timeout)
+        return ray.get(wanted, timeout=timeout)
     except ray.exceptions.RayError as error:
         return error

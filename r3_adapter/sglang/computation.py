@@ -8,13 +8,9 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from r3_adapter.errors import CaptureError, TraceError
-from r3_adapter.trace import RoutingTrace
+from r3_adapter.trace import RoutingTrace, concatenate
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,27 +92,12 @@ def join_turns(first: Computation, second: Computation, *, place: str = "turn") 
         if have != want:
             raise CaptureError(f"{place}: routes of {name} {have} != {want} of the turn before")
     return Computation(
-        _concatenate(one, other),
+        concatenate([one.rows(0, one.num_tokens - 1), other]),
         first.start,
         second.sampled_start,
         first.previous_row,
         second.last_row,
     )
-
-
-def _concatenate(one: RoutingTrace, other: RoutingTrace) -> RoutingTrace:
-    """Return the rows of both; the last of the first is also the second's."""
-    names = list(dict.fromkeys([*one.weight_versions, *other.weight_versions]))
-    # Index -1, "not captured", stays: it picks the last entry.
-    index = np.array([*(names.index(name) for name in other.weight_versions), -1], np.int32)
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "topk_ids": np.concatenate([one.topk_ids[:-1], other.topk_ids]),
-        "token_ids": np.concatenate([one.token_ids[:-1], other.token_ids]),
-        "version_ids": np.concatenate([one.version_ids[:-1], index[other.version_ids]]),
-    }
-    for array in arrays.values():
-        array.flags.writeable = False
-    return RoutingTrace(**arrays, layer_ids=one.layer_ids, num_experts=one.num_experts, weight_versions=tuple(names))
 
 
 def _measure(buffer: memoryview, place: str) -> tuple[int, Mapping[str, str]]:

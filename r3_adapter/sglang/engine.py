@@ -112,8 +112,13 @@ class Engine:
             progress(len(replies), len(prompts))
         return replies
 
-    async def reply(self, tokens: Sequence[int], sampling_params: Mapping[str, Any], *, start: int = 0) -> Any:
+    async def reply(
+        self, tokens: Sequence[int], sampling_params: Mapping[str, Any], *, start: int = 0, conversation: str = ""
+    ) -> Any:
         """Generate for one prompt beside others; return what SGLang says, as `replies` does.
+
+        conversation: if named, cached rows are those of this conversation alone. Samples of one prompt that run at once
+            each compute it, and only one of them is cached for all: a later turn of the others would lose its rows.
 
         All coroutines of an engine must run in one event loop, and `replies` in none.
         """
@@ -123,7 +128,7 @@ class Engine:
             return_logprob=True,
             return_routed_experts=True,
             routed_experts_start_len=start,
-            cache_salt=self.weight_version,
+            cache_salt=f"{self.weight_version}/{conversation}",
         )
         return found if self._folder is None else fetch_payload(found, self._folder, "request")
 

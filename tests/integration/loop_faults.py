@@ -62,7 +62,7 @@ def engine_killed(loop: Loop) -> None:
 @fault(2, "load")
 def trace_lost(loop: Loop) -> None:
     def lose(plan: Any) -> None:
-        ray._private.internal_api.free([plan[0][0][0].ref.shards[0]])
+        ray._private.internal_api.free([plan[0][0][0].ref.objects[0]])
 
     on_next_load(loop, lose)
 
@@ -71,11 +71,11 @@ def trace_lost(loop: Loop) -> None:
 def trace_damaged(loop: Loop) -> None:
     def flip(plan: Any) -> None:
         item = plan[0][0][0]
-        shard = dict(ray.get(item.ref.shards[0])[item.ref.place])
-        data = np.array(shard["trace"])
+        found = ray.get(item.ref.objects[0])
+        data = np.array(found["trace"])
         data[-1] ^= 1
-        shards = (ray.put([shard | {"trace": data}]), *item.ref.shards[1:])
-        plan[0][0][0] = replace(item, ref=replace(item.ref, shards=shards, place=0))
+        objects = (ray.put(found | {"trace": data}), *item.ref.objects[1:])
+        plan[0][0][0] = replace(item, ref=replace(item.ref, objects=objects))
 
     on_next_load(loop, flip)
 
@@ -86,7 +86,7 @@ def traces_swapped(loop: Loop) -> None:
         one, other = plan[0][0][0], plan[0][0][1]
         for item, ref in ((one, other.ref), (other, one.ref)):
             at = plan[0][0].index(item)
-            plan[0][0][at] = replace(item, ref=replace(item.ref, shards=ref.shards, place=ref.place))
+            plan[0][0][at] = replace(item, ref=replace(item.ref, objects=ref.objects, start=ref.start))
 
     on_next_load(loop, swap)
 
@@ -169,6 +169,10 @@ def main(argv: Sequence[str]) -> None:
         assert not FAULTS, FAULTS
         # Stopped, and gone on with.
         Loop(options_of(checkpoint, folder, num_rollouts=12), observe).run()
+        # Two turns, several conversations from one prompt at once.
+        params = {"temperature": 1.0, "max_new_tokens": 40, "stop_token_ids": [END]}
+        turns = options_of(checkpoint, folder.with_name("turns"), num_rollouts=2)
+        Loop(replace(turns, task="add", sampling_params=params)).run()
         # Rollouts of two turns that are ahead: weights come while they are under way.
         ahead = options_of(checkpoint, folder.with_name("ahead"), num_rollouts=5)
         policy = replace(ahead.policy, staleness="keep", lr=1e-6)

@@ -28,7 +28,7 @@ Records = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def folder(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make the runs of loop_faults.py, and return the folder of both."""
+    """Make the runs of loop_faults.py, and return the folder of all."""
     folder = tmp_path_factory.mktemp("runs")
     script = Path(__file__).with_name("loop_faults.py")
     command = [sys.executable, str(script), str(small), str(folder / "faults")]
@@ -56,6 +56,13 @@ def test_a_run_goes_on_after_each_fault_and_trains_on_no_wrong_route(folder: Pat
     assert kinds["weights_failed"] == 1 and kinds["trainer_restarted"] == 1 and kinds["resumed"] == 2
     said = " ".join(event["what"] for event in events if event["kind"] == "trace_damaged")
     assert "digest" in said and "prompt" in said
+
+
+def test_each_of_several_conversations_from_one_prompt_is_one_sample(folder: Path) -> None:
+    steps = read(folder / "turns" / "metrics.jsonl")
+    assert [step["samples"] for step in steps] == [9, 9] and not read(folder / "turns" / "events.jsonl")
+    for step in steps:
+        assert step["max_abs"] < 1e-4 and step["rows"]["live"] == 0, step
 
 
 def test_rollouts_ahead_carry_the_versions_that_computed_them(folder: Path) -> None:

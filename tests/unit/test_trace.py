@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from r3_adapter.errors import TraceError
-from r3_adapter.trace import FORMAT, RoutingTrace, ids_dtype
+from r3_adapter.trace import FORMAT, RoutingTrace, concatenate, ids_dtype
 
 
 def make(num_tokens=5, layers=(0, 2, 3), topk=2, num_experts=8):
@@ -291,17 +291,50 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(place, flip):
         return
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 4, 5])
-def test_head_is_the_first_tokens(num_tokens):
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (0, 5), (2, 4), (5, 5)])
+def test_rows_are_the_tokens_of_a_range(start, stop):
     trace = make(5)
-    head = trace.head(num_tokens)
-    assert head.num_tokens == num_tokens
+    trace.digest()
+    part = trace.rows(start, stop)
+    assert part.num_tokens == stop - start
     for name in ("topk_ids", "token_ids", "version_ids"):
-        assert np.array_equal(getattr(head, name), getattr(trace, name)[:num_tokens])
-    assert np.array_equal(head.layer_ids, trace.layer_ids)
+        assert np.array_equal(getattr(part, name), getattr(trace, name)[start:stop])
+    assert part == replace(part)
+    assert part.digest() == replace(part).digest()
+    assert RoutingTrace.from_bytes(part.to_bytes()) == part
 
 
-@pytest.mark.parametrize("num_tokens", [-1, 6])
-def test_head_of_tokens_that_are_not_there_is_refused(num_tokens):
-    with pytest.raises(TraceError, match=f"head of {num_tokens} tokens outside 0 to 5"):
-        make(5).head(num_tokens)
+@pytest.mark.parametrize(("start", "stop"), [(0, -1), (0, 6), (-1, 2), (3, 2)])
+def test_rows_that_are_not_there_are_refused(start, stop):
+    with pytest.raises(TraceError, match=f"rows {start} to {stop} outside 0 to 5"):
+        make(5).rows(start, stop)
+
+
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5), data=st.data())
+@settings(max_examples=50)
+def test_concatenated_traces_come_back_as_rows(lengths, data):
+    names = ["a", "b", "c"]
+    traces = [replace(make(n), weight_versions=tuple(data.draw(st.permutations(names))[:2])) for n in lengths]
+    together = concatenate(traces)
+    stops = np.cumsum(lengths)
+    for trace, stop in zip(traces, stops, strict=True):
+        part = together.rows(int(stop) - trace.num_tokens, int(stop))
+        for name in ("topk_ids", "token_ids", "layer_ids", "captured"):
+            assert np.array_equal(getattr(part, name), getattr(trace, name))
+        assert named_versions(part) == named_versions(trace)
+    assert together == replace(together)
+
+
+def named_versions(trace):
+    return [trace.weight_versions[at] if at >= 0 else None for at in trace.version_ids]
+
+
+@pytest.mark.parametrize("other", [{"topk": 1}, {"num_experts": 9}, {"layers": (0, 2, 4)}])
+def test_traces_of_several_models_are_not_concatenated(other):
+    with pytest.raises(TraceError, match=r"of trace 1 != .* of trace 0"):
+        concatenate([make(), make(**other)])
+
+
+def test_nothing_is_not_concatenated():
+    with pytest.raises(TraceError, match="no traces to concatenate"):
+        concatenate([])
