@@ -20,6 +20,16 @@ def test_core_passes_its_own_tests_under_sanitizers(tmp_path, sanitizers):
     assert run(tmp_path / "tests" / "test_core") == "all passed\n"
 
 
+def test_core_passes_its_own_tests_on_arm(tmp_path):
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if shutil.which(compiler) is None or shutil.which(emulator) is None:
+        pytest.skip(f"no {compiler} or {emulator}: the core was not tested on ARM")
+    options = ("-std=c++20", "-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Wconversion", "-Werror")
+    program = tmp_path / "test_core"
+    run(compiler, *options, "-I", CPP / "include", CPP / "tests" / "test_core.cpp", "-o", program)
+    assert run(emulator, program) == "all passed\n"
+
+
 def has_libfuzzer(folder):
     """Return whether clang is there with libFuzzer, which comes in a package of its own."""
     if shutil.which("clang++") is None:

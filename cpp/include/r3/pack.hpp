@@ -97,7 +97,7 @@ void pack_staged(Id const* const* sources, std::size_t num_rows, std::size_t off
 
 // Says how to pack rows to this address: past the cache or not.
 template <class Id, class Out>
-Pack<Id, Out> find_pack(std::size_t topk, bool stream, void const* to) {
+Pack<Id, Out> find_pack(std::size_t topk, bool stream, [[maybe_unused]] void const* to) {
   return with_topk(topk, [&]<std::size_t K>() -> Pack<Id, Out> {
 #if R3_SSE2
     if constexpr (kFillsRegisters<Id, Out, K>) {
