@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ray-address", help="of a cluster; default: one is started on this machine")
     parser.add_argument("--task", default="sort", help="sort, add, or package.module:Class of your own")
     parser.add_argument("--save-interval", type=int, default=20, metavar="N", help="steps between checkpoints")
+    parser.add_argument("--save-rollouts", type=Path, metavar="DIR", help="keep all samples, for --r3-traces")
     parser.add_argument("--gpus-per-rank", type=float, default=0, metavar="N", help="of trainer and engines; 0: none")
     parser.add_argument("--sft-steps", type=int, default=150, help="supervised steps of the tiny model before the run")
     return parser.parse_args()
@@ -138,6 +139,7 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
         num_rollouts=args.num_rollout,
         seed=args.seed,
         save_interval=args.save_interval,
+        record=args.save_rollouts,
         num_gpus_per_rank=args.gpus_per_rank,
         num_gpus_per_engine=args.gpus_per_rank * args.rollout_tp_size,
         config={

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from r3_adapter.codec import decode, encode
 from r3_adapter.errors import TraceError
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace
 
@@ -77,15 +78,19 @@ def unrouted(tokens: Sequence[int], sampled: Sequence[bool]) -> Sample:
     return Sample(trace, num_prompt_tokens, np.zeros(len(response), np.float32), 0, response)
 
 
-def save_samples(folder: Path, samples: Sequence[Sample]) -> None:
-    """Write samples to a folder: a trace file for each, and one file with the rest."""
+def save_samples(folder: Path, samples: Sequence[Sample], *, coded: bool = False) -> None:
+    """Write samples to a folder: a trace file for each, and one file with the rest, which comes last.
+
+    coded: write routes as sets of experts, in the smaller form of r3_adapter.codec: for samples that are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for index, sample in enumerate(samples):
-        _trace_path(folder, index).write_bytes(sample.trace.to_bytes())
+        _trace_path(folder, index).write_bytes(encode(sample.trace) if coded else sample.trace.to_bytes())
     logprobs = np.concatenate([np.zeros(0, np.float32), *(sample.logprobs for sample in samples)])
     sampled = np.concatenate([np.zeros(0, np.bool_), *(sample.sampled for sample in samples)])
     numbers = [[sample.num_prompt_tokens, sample.num_response_tokens, sample.payload_bytes] for sample in samples]
-    save_file({"logprobs": logprobs, "sampled": sampled}, folder / _REST, {"samples": json.dumps(numbers)})
+    metadata = {"samples": json.dumps(numbers), "coded": json.dumps(coded)}
+    save_file({"logprobs": logprobs, "sampled": sampled}, folder / _REST, metadata)
 
 
 def load_samples(folder: Path) -> list[Sample]:
@@ -113,6 +118,7 @@ class SampleFolder(Sequence[Sample]):
             self._arrays = load_file(path)
             with safe_open(path, framework="np") as file:
                 self._numbers: list[list[int]] = json.loads(file.metadata()["samples"])
+                self._coded = bool(json.loads(file.metadata()["coded"]))
             total = len(self._arrays["logprobs"])
             self._starts = np.cumsum([0, *(num_response_tokens for _, num_response_tokens, _ in self._numbers)])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -133,7 +139,8 @@ class SampleFolder(Sequence[Sample]):
         num_prompt_tokens, num_response_tokens, payload_bytes = self._numbers[index]
         place = _trace_path(self.folder, index % len(self))
         try:
-            trace = RoutingTrace.from_bytes(place.read_bytes(), place=str(place))
+            read = decode if self._coded else RoutingTrace.from_bytes
+            trace = read(place.read_bytes(), place=str(place))
         except OSError as error:
             raise TraceError(f"{self.folder}: samples cannot be read: {error}") from error
         here = slice(self._starts[index % len(self)], self._starts[index % len(self)] + num_response_tokens)

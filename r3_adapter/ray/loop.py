@@ -35,6 +35,7 @@ class LoopOptions:
     batch_size: prompts of a step; samples_per_prompt: samples of each.
     lag: steps that rollouts are ahead of the trainer; 0 is on-policy.
     save_interval: steps between checkpoints.
+    record: a folder in which all rollouts are kept, a folder of samples for each prompt of each step.
     agreement_interval: steps between counts of the experts that live routers would have used.
     timeout: seconds after which a rank that does not answer is taken for hung, and in which an engine has to start.
     rollout_timeout: seconds in which no prompt gets done, after which an engine is taken for hung.
@@ -55,6 +56,7 @@ class LoopOptions:
     num_rollouts: int = 100
     seed: int = 0
     save_interval: int = 20
+    record: Path | None = None
     agreement_interval: int = 10
     timeout: float = 600
     rollout_timeout: float = 600
@@ -204,10 +206,15 @@ class Loop:
 
     def _groups(self, step: int) -> Sequence[Group]:
         """Return the prompts of a step, the same whenever it is asked for."""
-        rng = np.random.default_rng([self.options.seed, step])
+        options, rng = self.options, np.random.default_rng([self.options.seed, step])
         return [
-            Group(number, self._task.prompt(rng), self.options.samples_per_prompt)
-            for number in range(self.options.batch_size)
+            Group(
+                number,
+                self._task.prompt(rng),
+                options.samples_per_prompt,
+                options.record / f"{step:06d}-{number:05d}" if options.record else None,
+            )
+            for number in range(options.batch_size)
         ]
 
     def _write_weights(self, version: int) -> tuple[Path, int]:

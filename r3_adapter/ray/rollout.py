@@ -1,6 +1,7 @@
 """A rollout engine as a Ray actor: conversations of a task in, references to samples out."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import ray
 from r3_adapter.errors import R3Error
 from r3_adapter.ray.store import OBJECT_BYTES, Placed, SampleRef, put_samples
 from r3_adapter.rl.tasks import Task, task_named
-from r3_adapter.rollout import Sample
+from r3_adapter.rollout import Sample, save_samples
 from r3_adapter.sglang.conversation import Conversation
 from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.settings import EngineSettings
@@ -24,11 +25,15 @@ _LINGER = 0.05
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt to roll out `num_samples` times; number: its place in the batch."""
+    """A prompt to roll out `num_samples` times; number: its place in the batch.
+
+    record: a folder in which to keep the samples, as save_samples writes them.
+    """
 
     number: int
     prompt: Sequence[int]
     num_samples: int
+    record: Path | None = None
 
 
 @dataclass
@@ -87,6 +92,10 @@ class RolloutActor:
             for part, sample in enumerate(samples)
         ]
         result.samples = await self._store(placed, result)
+        if group.record is not None:
+            # A group that is rolled out again takes the place of the one that was lost.
+            shutil.rmtree(group.record, ignore_errors=True)
+            save_samples(group.record, [each.sample for each in placed], coded=True)
         if group.number == 0:
             own = psutil.Process()
             result.resident_bytes = sum(each.memory_info().rss for each in (own, *own.children(recursive=True)))

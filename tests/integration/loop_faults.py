@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
         Loop(options_of(checkpoint, folder, num_rollouts=12), observe).run()
         # Two turns, several conversations from one prompt at once.
         params = {"temperature": 1.0, "max_new_tokens": 40, "stop_token_ids": [END]}
-        turns = options_of(checkpoint, folder.with_name("turns"), num_rollouts=2)
+        turns = options_of(checkpoint, folder.with_name("turns"), num_rollouts=2, record=folder.with_name("kept"))
         Loop(replace(turns, task="add", sampling_params=params)).run()
         # Rollouts of two turns that are ahead: weights come while they are under way.
         ahead = options_of(checkpoint, folder.with_name("ahead"), num_rollouts=5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from r3_adapter.rl.tasks import VOCABULARY
+from r3_adapter.rollout import sample_folders
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
 pytestmark = pytest.mark.engine
@@ -63,6 +64,16 @@ def test_each_of_several_conversations_from_one_prompt_is_one_sample(folder: Pat
     assert [step["samples"] for step in steps] == [9, 9] and not read(folder / "turns" / "events.jsonl")
     for step in steps:
         assert step["max_abs"] < 1e-4 and step["rows"]["live"] == 0, step
+
+
+def test_all_rollouts_are_kept_if_asked_for(folder: Path) -> None:
+    steps, kept = read(folder / "turns" / "metrics.jsonl"), sample_folders([folder / "kept"])
+    assert [each.folder.name for each in kept] == [f"{step:06d}-{prompt:05d}" for step in (0, 1) for prompt in range(3)]
+    samples = [sample for each in kept for sample in each]
+    assert len(samples) == sum(step["samples"] for step in steps)
+    assert sum(int(sample.sampled.sum()) for sample in samples) == sum(step["response_tokens"] for step in steps)
+    assert all(sample.trace.captured[:-1].all() for sample in samples)
+    assert {name for sample in samples for name in sample.trace.weight_versions} == {"0", "1"}
 
 
 def test_rollouts_ahead_carry_the_versions_that_computed_them(folder: Path) -> None:

@@ -37,10 +37,10 @@ Scalars = dict[str, list[float]]
 
 @pytest.fixture(scope="module")
 def traces(perturbed: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rollout in two folders, as of two steps."""
+    """The rollout in two folders, as of two steps; one of them coded."""
     folder = tmp_path_factory.mktemp("traces")
     save_samples(folder / "0", perturbed[:10])
-    save_samples(folder / "1", perturbed[10:])
+    save_samples(folder / "1", perturbed[10:], coded=True)
     return folder
 
 

@@ -12,7 +12,8 @@ pytest.importorskip("torch")
 
 from r3_adapter.errors import TraceError
 from r3_adapter.megatron.dataset import RolloutDataset, batches_of_rank
-from r3_adapter.rollout import SampleFolder, load_samples, sample_folders, save_samples, unrouted
+from r3_adapter.rollout import Sample, SampleFolder, load_samples, sample_folders, save_samples, unrouted
+from r3_adapter.trace import RoutingTrace
 
 NUM_SAMPLES = 7
 
@@ -62,6 +63,40 @@ def test_ranks_share_what_is_left_of_a_run(
     want = names(dataset[i] for i in range(done * step, (done + rows) * step))
     assert [name for batch in found for name in batch] == want
     assert all(len(batch) == size for batch in found)
+
+
+def test_coded_samples_come_back_with_sorted_ids(tmp_path: Path) -> None:
+    samples = [sample_of(np.random.default_rng(seed), 20 + 30 * seed) for seed in range(3)]
+    save_samples(tmp_path / "coded", samples, coded=True)
+    save_samples(tmp_path / "plain", samples)
+    for one, other in zip(SampleFolder(tmp_path / "coded"), samples, strict=True):
+        assert np.array_equal(one.trace.topk_ids, np.sort(other.trace.topk_ids, axis=2))
+        for name in ("token_ids", "version_ids", "layer_ids"):
+            assert np.array_equal(getattr(one.trace, name), getattr(other.trace, name))
+        assert one.trace.weight_versions == other.trace.weight_versions
+        assert np.array_equal(one.logprobs, other.logprobs) and one.num_prompt_tokens == other.num_prompt_tokens
+    sizes = [(tmp_path / form / "000002.trace.safetensors").stat().st_size for form in ("coded", "plain")]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+def test_damage_to_a_coded_sample_is_refused(tmp_path: Path) -> None:
+    save_samples(tmp_path, [sample_of(np.random.default_rng(0), 30)], coded=True)
+    path = tmp_path / "000000.trace.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(TraceError, match=r"000000\.trace"):
+        load_samples(tmp_path)
+
+
+def sample_of(rng: np.random.Generator, num_tokens: int) -> Sample:
+    """Return a sample of 48 layers, top 8 of 128, whose last token has no route."""
+    ids = rng.random((num_tokens, 48, 128)).argsort(axis=2)[:, :, :8].astype(np.uint8)
+    version_ids = rng.integers(0, 2, num_tokens).astype(np.int32)
+    ids[-1], version_ids[-1] = 0, -1
+    tokens = rng.integers(0, 1000, num_tokens).astype(np.int32)
+    trace = RoutingTrace(ids, tokens, version_ids, np.arange(48, dtype=np.int32), 128, ("1", "2"))
+    return Sample(trace, 7, rng.random(num_tokens - 7).astype(np.float32))
 
 
 def test_folders_are_read_lazily_and_as_a_whole(folders: list[SampleFolder]) -> None:
