@@ -56,7 +56,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-rollouts", type=Path, metavar="DIR", help="keep all samples, for --r3-traces")
     parser.add_argument("--gpus-per-rank", type=float, default=0, metavar="N", help="of trainer and engines; 0: none")
     parser.add_argument("--sft-steps", type=int, default=150, help="supervised steps of the tiny model before the run")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # Processes of a cluster that runs already are not in this one's folder.
+    args.save, args.save_rollouts = args.save.resolve(), args.save_rollouts and args.save_rollouts.resolve()
+    return args
 
 
 def tiny_checkpoint(args: argparse.Namespace) -> Path:
