@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.metrics import gap, tail_share
+from r3_adapter.processes import run_together
 from r3_adapter.ray.cluster import cluster
 from r3_adapter.ray.loop import Loop, LoopOptions
 from r3_adapter.ray.supervised import supervise
@@ -29,6 +31,7 @@ from r3_adapter.rl.losses import Objective
 from r3_adapter.rl.tasks import END, VOCABULARY, task_named
 from r3_adapter.rollout import Sample, load_samples, save_samples
 from r3_adapter.runs.log import Run
+from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import TinyModel, write_checkpoint
@@ -177,12 +180,18 @@ def roll_out(args: argparse.Namespace, checkpoint: Path, seed: int, num_samples:
     """Generate on-policy responses, each from a prompt of its own."""
     task, rng = task_named(TASK), np.random.default_rng([seed, 1])
     prompts = [task.prompt(rng) for _ in range(num_samples)]
-    settings = EngineSettings(str(checkpoint), random_seed=seed, max_running_requests=128, radix_cache=False)
-    return rollout_in_subprocess(settings, prompts, PARAMS, batch_size=512, timeout=1200)
+    return rollout_in_subprocess(engine_settings(checkpoint, seed), prompts, PARAMS, batch_size=512, timeout=1200)
+
+
+def engine_settings(checkpoint: Path, seed: int) -> EngineSettings:
+    return EngineSettings(str(checkpoint), random_seed=seed, max_running_requests=128, radix_cache=False)
 
 
 def measure(args: argparse.Namespace, seed: int, dense: bool, out: Path) -> None:
-    """Score a rollout on the trainer with the same weights: live, replayed, and live in another packing."""
+    """Score a rollout on the trainer with the same weights: live, replayed, and both in another packing.
+
+    And on the engine, all tokens at once: so far two ways to compute one model are apart in the same engine.
+    """
     checkpoint = checkpoint_of(args, seed, dense)
     samples = roll_out(args, checkpoint, seed, args.static_samples)
     save_samples(out / "samples", samples)
@@ -195,9 +204,18 @@ def measure(args: argparse.Namespace, seed: int, dense: bool, out: Path) -> None
     # The trainer against itself, the same routes in both: what is left is rounding in another order.
     figures["floor"] = compare(np.concatenate(again["replay"].logprobs), np.concatenate(found["replay"].logprobs))
     figures["floor_live"] = compare(np.concatenate(again["live"].logprobs), np.concatenate(found["live"].logprobs))
+    figures["engine"] = compare(rescore(engine_settings(checkpoint, seed), out), rollout)
     figures["routers_that_differ"] = 1 - equal_share(*found["live"].layers.values())
     figures["tokens_that_differ"] = 1 - equal_share(found["live"].tokens)
     (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def rescore(settings: EngineSettings, folder: Path) -> Any:
+    """Return what the engine finds in one go for the samples of a folder."""
+    script, out = Path(__file__).with_name("rescore.py"), folder / "engine.npy"
+    command = [sys.executable, str(script), settings.to_json(), str(folder / "samples"), str(out)]
+    run_together([command], env=[cpu_environment()], timeout=1200)
+    return np.load(out)
 
 
 def compare(ours: Any, theirs: Any) -> dict[str, Any]:
@@ -251,7 +269,7 @@ def results(args: argparse.Namespace) -> dict[str, Any]:
                 for name in ("trainer_rss", "engine_rss")
             },
         }
-    live, replay, floor = (average([each[key]["k3"] for each in moe]) for key in ("live", "replay", "floor"))
+    live, replay, floor = (average([each[key]["k3"] for each in moe]) for key in ("live", "replay", "engine"))
     f_live, f_replay = (average([each[key]["f_2"] for each in moe]) for key in ("live", "replay"))
     return {
         "command": "python benchmarks/paper/run.py --seeds "

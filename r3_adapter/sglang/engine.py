@@ -16,6 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from r3_adapter.errors import CaptureError, R3Error
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
@@ -131,6 +134,29 @@ class Engine:
             cache_salt=f"{self.weight_version}/{conversation}",
         )
         return found if self._folder is None else fetch_payload(found, self._folder, "request")
+
+    def rescore(self, samples: Sequence[Sample]) -> list[npt.NDArray[np.float32]]:
+        """Return [R] float32 a sample: its response's log-probabilities as prefill computes them, all tokens at once.
+
+        They differ from the sample's own by as much as the engine does from itself.
+
+        Raises:
+            CaptureError: The engine says something about other tokens.
+        """
+        replies = self._engine.generate(
+            input_ids=[sample.trace.token_ids.tolist() for sample in samples],
+            sampling_params={"max_new_tokens": 0},
+            return_logprob=True,
+            # The first of them has no log-probability: nothing is said of what comes before it.
+            logprob_start_len=[sample.num_prompt_tokens - 1 for sample in samples],
+        )
+        found = []
+        for index, (reply, sample) in enumerate(zip(replies, samples, strict=True)):
+            pairs = reply["meta_info"]["input_token_logprobs"][1:]
+            if [pair[1] for pair in pairs] != sample.trace.token_ids[sample.num_prompt_tokens :].tolist():
+                raise CaptureError(f"sample {index}: log-probabilities of {len(pairs)} tokens are not of its response")
+            found.append(np.array([pair[0] for pair in pairs], np.float32))
+        return found
 
     async def update_weights(self, folder: Path, version: str) -> None:
         """Load other weights, which rows computed from now on carry as `version`.

@@ -16,7 +16,7 @@ import pytest
 from r3_adapter import patching
 from r3_adapter.errors import CaptureError
 from r3_adapter.processes import run_together
-from r3_adapter.rollout import Sample
+from r3_adapter.rollout import Sample, save_samples
 from r3_adapter.series import load_series, write_upstream_tests
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess, samples_of
@@ -28,6 +28,7 @@ from r3_adapter.trace import RoutingTrace
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 VOLATILE = {"id", "e2e_latency", "response_sent_to_client_ts"}
+RESCORE = Path(__file__).parents[2] / "benchmarks" / "paper" / "rescore.py"
 MOE_LAYERS = (0, 1, 2, 3)
 TIMEOUT = 300
 
@@ -185,6 +186,18 @@ def test_perturbed_routes_are_captured_as_they_were_used(
     # A random pair is the router's own once in 28.
     assert abs(changed / total - 0.2 * 27 / 28) < 0.03
     assert far > 0.5
+
+
+def test_an_engine_finds_its_rollout_as_likely_in_one_go(
+    replies: dict[str, Any], facts: ModelFacts, checkpoint: Path, tmp_path: Path
+) -> None:
+    samples = samples_of(replies["safetensors"], _prompts(REQUESTS), facts)
+    save_samples(tmp_path / "samples", samples)
+    settings, out = EngineSettings(str(checkpoint), dtype="float32").to_json(), tmp_path / "out.npy"
+    command = [sys.executable, str(RESCORE), settings, str(tmp_path / "samples"), str(out)]
+    run_together([command], env=[cpu_environment()], timeout=TIMEOUT)
+    found = np.load(out)
+    np.testing.assert_allclose(found, np.concatenate([sample.logprobs for sample in samples]), atol=1e-4, rtol=0)
 
 
 def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
