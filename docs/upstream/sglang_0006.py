@@ -1,11 +1,10 @@
 """A prefix from the cache has the experts of the weights that computed it; SGLang's own payload does not say so."""
 
-import asyncio
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from sglang_engine import rows_of, start_engine
+from sglang_engine import rows_of, run_to_end, start_engine
 
 from r3_adapter.tiny import write_checkpoint
 
@@ -15,7 +14,7 @@ if __name__ == "__main__":
     prompt, params = list(range(3, 35)), {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
     with start_engine(radix_cache=True) as engine:
         (before,) = engine.replies([prompt], params)
-        asyncio.get_event_loop_policy().get_event_loop().run_until_complete(engine.update_weights(other, "new"))
+        run_to_end(engine.update_weights(other, "new"))
         (after,) = engine.replies([prompt], params)
     same = np.mean((rows_of(before)[:31] == rows_of(after)[:31]).all(axis=(1, 2)))
     print(
