@@ -118,7 +118,7 @@ class SampleFolder(Sequence[Sample]):
             self._arrays = load_file(path)
             with safe_open(path, framework="np") as file:
                 self._numbers: list[list[int]] = json.loads(file.metadata()["samples"])
-                self._coded = bool(json.loads(file.metadata()["coded"]))
+                self._coded = bool(json.loads(file.metadata().get("coded", "false")))
             total = len(self._arrays["logprobs"])
             self._starts = np.cumsum([0, *(num_response_tokens for _, num_response_tokens, _ in self._numbers)])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Score a rollout with the engine that made it, in one go: python rescore.py SETTINGS SAMPLES OUT.npy.
 
-SETTINGS: of EngineSettings.to_json. OUT: [tokens] float32, the log-probabilities of all responses one after the other.
+SETTINGS: of EngineSettings.to_json. OUT: [tokens] float32, the log-probabilities of all responses one after the other,
+as Engine.rescore finds them.
 """
 
 import sys

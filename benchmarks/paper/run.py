@@ -219,7 +219,9 @@ def rescore(settings: EngineSettings, folder: Path) -> Any:
 
 
 def compare(ours: Any, theirs: Any) -> dict[str, Any]:
-    """Return the gap, with F(tau) at more values of tau."""
+    """Return the gap of the tokens that both know, with F(tau) at more values of tau."""
+    known = ~np.isnan(ours)
+    ours, theirs = ours[known], theirs[known]
     found, diff = gap(ours, theirs), ours.astype(np.float64) - theirs.astype(np.float64)
     curve = {str(tau): tail_share(diff, tau) for tau in TAUS}
     return {"tokens": found.tokens, "k3": found.k3, "f_2": found.f_2, "max_abs": found.max_abs, "f": curve}

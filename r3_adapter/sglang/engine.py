@@ -138,24 +138,25 @@ class Engine:
     def rescore(self, samples: Sequence[Sample]) -> list[npt.NDArray[np.float32]]:
         """Return [R] float32 a sample: its response's log-probabilities as prefill computes them, all tokens at once.
 
-        They differ from the sample's own by as much as the engine does from itself.
+        They differ from the sample's own by as much as the engine does from itself. NaN where the token is the last of
+        the vocabulary, which SGLang takes for a placeholder and scores as token 0.
 
         Raises:
-            CaptureError: The engine says something about other tokens.
+            CaptureError: The engine scored other tokens.
         """
         replies = self._engine.generate(
             input_ids=[sample.trace.token_ids.tolist() for sample in samples],
             sampling_params={"max_new_tokens": 0},
             return_logprob=True,
-            # The first of them has no log-probability: nothing is said of what comes before it.
-            logprob_start_len=[sample.num_prompt_tokens - 1 for sample in samples],
+            logprob_start_len=0,
         )
         found = []
         for index, (reply, sample) in enumerate(zip(replies, samples, strict=True)):
-            pairs = reply["meta_info"]["input_token_logprobs"][1:]
-            if [pair[1] for pair in pairs] != sample.trace.token_ids[sample.num_prompt_tokens :].tolist():
-                raise CaptureError(f"sample {index}: log-probabilities of {len(pairs)} tokens are not of its response")
-            found.append(np.array([pair[0] for pair in pairs], np.float32))
+            pairs = reply["meta_info"]["input_token_logprobs"][sample.num_prompt_tokens :]
+            want, have = sample.trace.token_ids[sample.num_prompt_tokens :], np.array([pair[1] for pair in pairs])
+            if have.shape != want.shape or np.any((have != want) & (have != 0)):
+                raise CaptureError(f"sample {index}: the engine scored tokens {have.tolist()} != {want.tolist()}")
+            found.append(np.where(have == want, np.array([pair[0] for pair in pairs], np.float32), np.nan))
         return found
 
     async def update_weights(self, folder: Path, version: str) -> None:
