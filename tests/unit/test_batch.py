@@ -19,7 +19,18 @@ LAYOUTS = [ParallelLayout(), ParallelLayout(dp=3), ParallelLayout(pp=2, vpp=2, d
 
 
 def ref(group: int, index: int, length: int, part: int = 0) -> SampleRef:
-    return SampleRef(group, index, part, length + 3, length, (), 0, (), 10 * length)
+    return SampleRef(
+        group=group,
+        index=index,
+        part=part,
+        num_tokens=length + 3,
+        num_prompt_tokens=3,
+        num_sampled=length,
+        objects=(),
+        start=0,
+        digests=(),
+        num_bytes=10 * length,
+    )
 
 
 def rollouts(lengths: list[int], size: int = 4) -> list[Rollout]:
