@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from r3_adapter import _core
 from r3_adapter.errors import TraceError
-from r3_adapter.trace import RoutingTrace, ids_dtype, read_tensors
+from r3_adapter.trace import RoutingTrace, check_one_model, ids_dtype, read_tensors
 
 FORMAT = "r3.routing_set/1"
 MAX_BYTES = 1 << 36
@@ -60,10 +60,7 @@ def encode_all(traces: Sequence[RoutingTrace]) -> bytes:
     if not traces:
         raise TraceError("no traces to encode")
     first = traces[0]
-    shape = (first.num_experts, first.topk, first.layer_ids.tolist())
-    for number, trace in enumerate(traces):
-        if (found := (trace.num_experts, trace.topk, trace.layer_ids.tolist())) != shape:
-            raise TraceError(f"num_experts, topk and layer_ids {found} of trace {number} != {shape} of trace 0")
+    check_one_model(traces)
     places = sorted(range(len(traces)), key=lambda at: traces[at].token_ids.astype(">i4").tobytes())
     ordered = [_sorted_ids(traces[at]) for at in places]
     shared = [0, *(_num_shared(a, b) for a, b in pairwise(ordered))]

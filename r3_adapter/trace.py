@@ -93,6 +93,8 @@ class RoutingTrace:
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise TraceError(f"rows {start} to {stop} outside 0 to {self.num_tokens}")
+        if stop - start == self.num_tokens:
+            return self
         # What all rows were checked for holds for some of them.
         part = object.__new__(RoutingTrace)
         part.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_digest"})
@@ -175,10 +177,7 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     first = traces[0]
     if len(traces) == 1:
         return first
-    want = (first.num_experts, first.topk, first.layer_ids.tolist())
-    for number, trace in enumerate(traces):
-        if (found := (trace.num_experts, trace.topk, trace.layer_ids.tolist())) != want:
-            raise TraceError(f"num_experts, topk and layer_ids {found} of trace {number} != {want} of trace 0")
+    check_one_model(traces)
     names = list(dict.fromkeys(name for trace in traces for name in trace.weight_versions))
     return RoutingTrace(
         topk_ids=_joined([trace.topk_ids for trace in traces]),
@@ -188,6 +187,18 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         num_experts=first.num_experts,
         weight_versions=tuple(names),
     )
+
+
+def check_one_model(traces: Sequence[RoutingTrace]) -> None:
+    """Refuse traces of several models.
+
+    Raises:
+        TraceError: Names the first that differs from trace 0.
+    """
+    shapes = [(trace.num_experts, trace.topk, trace.layer_ids.tolist()) for trace in traces]
+    for number, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise TraceError(f"num_experts, topk and layer_ids {shape} of trace {number} != {shapes[0]} of trace 0")
 
 
 def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
