@@ -97,7 +97,7 @@ def score(
 
 
 def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
-    layers: dict[int, dict[str, int]] = {}
+    layers: dict[int, Counter[str]] = {}
     tokens = Counter[str]()
     grad_norms = set()
     for path in out.glob(f"{name}.*.json"):
@@ -105,9 +105,7 @@ def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
         grad_norms.add(figures["grad_norm"])
         tokens.update(figures["tokens"])
         for layer, counts in figures["layers"].items():
-            total = layers.setdefault(int(layer), dict.fromkeys(counts, 0))
-            for key, count in counts.items():
-                total[key] += count
+            layers.setdefault(int(layer), Counter()).update(counts)
     found: dict[int, Any] = {}
     for path in out.glob(f"{name}.*.safetensors"):
         for key, logprobs in load_file(path).items():
