@@ -15,6 +15,7 @@ Format = Literal["safetensors", "flat"]
 class EngineSettings:
     """What a rollout engine needs to know.
 
+    tp_size, pp_size: tensor and pipeline parallel sizes of the engine.
     radix_cache: share the KV rows of common prefixes between requests.
     routed_experts_format: "safetensors" needs the patched SGLang; "flat" is its own form.
     shared_memory: hand the routes over in files below /dev/shm, which are mapped; needs the patched SGLang.
@@ -28,6 +29,7 @@ class EngineSettings:
     model_path: str
     dtype: str = "auto"
     tp_size: int = 1
+    pp_size: int = 1
     radix_cache: bool = False
     routed_experts_format: Format = "safetensors"
     random_seed: int = 0
@@ -47,6 +49,7 @@ class EngineSettings:
             "model_path": self.model_path,
             "dtype": self.dtype,
             "tp_size": self.tp_size,
+            "pp_size": self.pp_size,
             "disable_radix_cache": not self.radix_cache,
             "random_seed": self.random_seed,
             "context_length": self.context_length,

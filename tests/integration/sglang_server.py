@@ -191,6 +191,8 @@ def serve(folder: Path, weights: Mapping[str, Path], settings: EngineSettings) -
     environment, log = environment_of(folder), folder / "log"
     if settings.perturb is not None:
         environment[VARIABLE] = str(settings.perturb)
+    if settings.pp_size > 1 and not has_gpu():
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(settings.pp_size)))
     with log.open("wb") as out:
         process = subprocess.Popen(
             command(settings), env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
