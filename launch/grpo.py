@@ -123,6 +123,7 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
         engine=EngineSettings(
             model_path=str(checkpoint),
             tp_size=args.rollout_tp_size,
+            pp_size=args.rollout_pp_size,
             radix_cache=True,
             random_seed=args.seed,
             max_running_requests=args.rollout_batch_size * args.n_samples_per_prompt,
@@ -144,7 +145,7 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
         save_interval=args.save_interval,
         record=args.save_rollouts,
         num_gpus_per_rank=args.gpus_per_rank,
-        num_gpus_per_engine=args.gpus_per_rank * args.rollout_tp_size,
+        num_gpus_per_engine=args.gpus_per_rank * args.rollout_tp_size * args.rollout_pp_size,
         config={
             "name": args.name or args.save.name,
             "flags": flags,

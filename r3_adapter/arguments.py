@@ -91,6 +91,7 @@ def add_rl_arguments(parser: Parser) -> Parser:
     group = parser.add_argument_group("rollout")
     group.add_argument("--rollout-num-engines", type=int, default=1, metavar="N")
     group.add_argument("--rollout-tp-size", type=int, default=1, metavar="N", help="tensor parallel size of an engine")
+    group.add_argument("--rollout-pp-size", type=int, default=1, metavar="N", help="pipeline stages of an engine")
     group.add_argument("--rollout-batch-size", type=int, default=16, metavar="N", help="prompts of a step")
     group.add_argument("--n-samples-per-prompt", type=int, default=8, metavar="N")
     group.add_argument("--rollout-max-prompt-len", type=int, default=32, metavar="N", help="tokens of a prompt")

@@ -14,7 +14,6 @@ from r3_adapter.repack import local_dtype
 _BYPASSING = ("triton_kernel", "flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4")
 
 ENGINE_REFUSALS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pp_size": ((1,), "layers are on several ranks"),
     "attn_cp_size": ((1,), "tokens of a request are on several ranks"),
     "dcp_size": ((1,), "tokens of a request are on several ranks"),
     "disaggregation_mode": (("null",), "a request's rows are on two engines"),
@@ -129,6 +128,10 @@ def _interleaving(num_micro_batches: int, pp: int) -> Check:
 
 def _engines(request: PlanRequest) -> Iterator[Check]:
     model, engines = request.model, request.engines
+    for name, size in (("tp", engines.tp), ("pp", engines.pp)):
+        if (given := engines.arguments.get(f"{name}_size", size)) != size:
+            says = f"--sglang-args {name}_size ({given!r}) != --rollout-{name}-size ({size})"
+            yield Check(f"engine: {name}_size", False, says)
     yield divides("engine: data-parallel attention", "dp_size", engines.dp, "rollout tp", engines.tp)
     attention = max(engines.tp // engines.dp, 1)
     yield divides("engine: attention heads", "tp / dp_size", attention, "num_attention_heads", model.num_heads)
@@ -138,6 +141,9 @@ def _engines(request: PlanRequest) -> Iterator[Check]:
         yield Check("engine: key-value heads", high % low == 0, f"{says}: one {_must(high % low == 0)} the other")
     yield divides("engine: expert parallelism", "ep_size", engines.ep, "rollout tp", engines.tp)
     yield divides("engine: experts", "ep_size", engines.ep, "experts", model.facts.num_experts)
+    layers = model.facts.num_layers
+    says = f"rollout pp ({engines.pp}) {'<=' if engines.pp <= layers else '>'} num_layers ({layers})"
+    yield Check("engine: pipeline stages", engines.pp <= layers, says)
     cut = max(engines.tp // engines.ep, 1)
     yield divides(
         "engine: inner size of an expert", "tp / ep_size", cut, "moe_intermediate_size", model.expert_ffn_size
@@ -151,9 +157,9 @@ def _must(passed: bool) -> str:
 def _machines(request: PlanRequest) -> Iterator[Check]:
     machines, engines, ranks = request.machines, request.engines, request.layout.world_size
     per_node = machines.gpus_per_node
-    low, high = sorted((engines.tp, per_node))
+    low, high = sorted((engines.size, per_node))
     fits = low >= 1 and high % low == 0
-    says = f"rollout tp ({engines.tp}) and gpus per node ({per_node}): one {_must(fits)} the other"
+    says = f"rollout tp * pp ({engines.size}) and gpus per node ({per_node}): one {_must(fits)} the other"
     yield Check("machines: an engine's GPUs", fits, says)
     if machines.num_nodes is not None:
         have, want = machines.num_nodes * per_node, ranks + engines.num_gpus

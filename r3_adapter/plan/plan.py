@@ -139,8 +139,8 @@ def _notes(request: PlanRequest) -> Iterator[str]:
         yield f"{model.num_mtp_layers} multi-token prediction layers: not built, not replayed, not counted."
     if request.trainer_arguments.get("moe_router_fusion"):
         yield "moe_router_fusion: a router that is given experts takes the unfused path."
-    if request.engines.tp > request.machines.gpus_per_node:
-        nodes = request.engines.tp // max(request.machines.gpus_per_node, 1)
+    if request.engines.size > request.machines.gpus_per_node:
+        nodes = request.engines.size // max(request.machines.gpus_per_node, 1)
         yield f"An engine is on {nodes} nodes: SGLang needs nnodes, node_rank and dist_init_addr for that."
     if "max_total_tokens" not in request.engines.arguments:
         yield "max_total_tokens is not given: KV slots are what SGLang's static memory leaves beside the weights."

@@ -21,6 +21,7 @@ _COUNTS = (
     "num_steps_per_rollout",
     "rollout_num_engines",
     "rollout_tp_size",
+    "rollout_pp_size",
     "gpus_per_node",
     "num_nodes",
 )
@@ -69,10 +70,11 @@ def length_multiple(layout: ParallelLayout) -> int:
 
 @dataclass(frozen=True)
 class Engines:
-    """The rollout engines. arguments: more of sglang.Engine, by name."""
+    """The rollout engines. tp, pp: parallel sizes of each; arguments: more of sglang.Engine, by name."""
 
     num: int
     tp: int
+    pp: int
     arguments: Mapping[str, Any]
 
     @property
@@ -85,8 +87,13 @@ class Engines:
         return int(self.arguments.get("ep_size") or 1)
 
     @property
+    def size(self) -> int:
+        """GPUs of an engine."""
+        return self.tp * self.pp
+
+    @property
     def num_gpus(self) -> int:
-        return self.num * self.tp
+        return self.num * self.size
 
     def forward_tokens(self, *, patched: bool) -> int:
         """Return the rows of the capture's buffer on the device, for one forward pass.
@@ -152,7 +159,7 @@ class PlanRequest:
                 micro_batch_size=args.micro_batch_size,
                 steps=args.num_steps_per_rollout,
             ),
-            engines=Engines(args.rollout_num_engines, args.rollout_tp_size, args.sglang_args),
+            engines=Engines(args.rollout_num_engines, args.rollout_tp_size, args.rollout_pp_size, args.sglang_args),
             machines=Machines(args.gpus_per_node, round(args.gpu_memory_gib * (1 << 30)), args.num_nodes),
             distributed_optimizer=args.use_distributed_optimizer,
             cpu_offload=args.optimizer_cpu_offload,

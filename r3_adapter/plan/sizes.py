@@ -4,6 +4,7 @@ S: tokens of a sample; L: decoder layers; M: MoE layers; K: experts a token; E: 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 from r3_adapter import _core
@@ -194,18 +195,30 @@ class CaptureBuffers(NamedTuple):
     host: int
 
 
+def engine_stages(num_layers: int, pp: int) -> list[range]:
+    """Return the decoder layers of each pipeline stage of an engine; the last ones have the layers that are left over.
+
+    Source: sglang@0.5.20 srt/distributed/utils.py:get_pp_indices
+    """
+    starts = [stage * (num_layers // pp) + max(0, stage - pp + num_layers % pp) for stage in range(pp + 1)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
+
+
 def capture_buffers(facts: ModelFacts, engines: Engines, num_slots: int, *, patched: bool) -> CaptureBuffers:
-    """Return the buffers for so many KV slots in each data-parallel rank's pool.
+    """Return the buffers for so many KV slots in each data-parallel rank's pool; on a GPU, of the largest stage.
 
     Source: sglang@0.5.20 srt/state_capturer/base.py and routed_experts.py: int32, all layers, on every rank; patched:
-        routed_experts_compact.py: MoE layers only, ids on the one rank that sends them, versions and links on every.
+        routed_experts_compact.py: MoE layers only, on a GPU those of its stage; ids on the one rank that sends them,
+        versions and links on every.
     """
     row = id_bytes(facts) if patched else 4 * facts.num_layers * facts.topk
-    device = engines.forward_tokens(patched=patched) * row
+    tokens = engines.forward_tokens(patched=patched)
     if not patched:
-        return CaptureBuffers(device, num_slots * row, engines.tp * num_slots * row)
-    host = num_slots * (engines.dp * row + engines.tp * _SLOT_BYTES)
-    return CaptureBuffers(device, num_slots * (row + _SLOT_BYTES), host)
+        return CaptureBuffers(tokens * row, num_slots * row, engines.size * num_slots * row)
+    moe = set(facts.layer_ids)
+    most = max(len(moe & set(stage)) for stage in engine_stages(facts.num_layers, engines.pp))
+    host = num_slots * (engines.dp * row + engines.size * _SLOT_BYTES)
+    return CaptureBuffers(tokens * row * most // len(moe), num_slots * (row + _SLOT_BYTES), host)
 
 
 class EngineMemory(NamedTuple):
@@ -222,12 +235,20 @@ class EngineMemory(NamedTuple):
 
 
 def engine_memory(request: PlanRequest) -> EngineMemory:
-    """Return weights and KV pool of a GPU; without max_total_tokens the pool is what the static fraction leaves."""
+    """Return weights and KV pool of a GPU; without max_total_tokens the pool is what the static fraction leaves.
+
+    With a pipeline the weights are those of the stage with most of them, the KV that of the one with most layers.
+    """
     model, engines = request.model, request.engines
-    weights = -(-model.dtype_size * model.num_parameters() // engines.tp)
+    stages = engine_stages(model.facts.num_layers, engines.pp)
+    parameters = max(
+        sum(model.rank_parameters(layers, ParallelLayout(), first=at == 0, last=at == engines.pp - 1))
+        for at, layers in enumerate(stages)
+    )
+    weights = -(-model.dtype_size * parameters // engines.tp)
     attention = max(engines.tp // engines.dp, 1)
     heads = 1 if model.num_kv_heads is None else max(model.num_kv_heads // attention, 1)
-    token = model.facts.num_layers * heads * model.kv_size * model.dtype_size
+    token = max(map(len, stages)) * heads * model.kv_size * model.dtype_size
     fraction = float(engines.arguments.get("mem_fraction_static") or 0.85)
     left = max(int(fraction * request.machines.gpu_memory) - weights, 0)
     return EngineMemory(weights, token, int(engines.arguments.get("max_total_tokens") or left // token), fraction)

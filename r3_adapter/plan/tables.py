@@ -57,9 +57,10 @@ def _where(plan: Plan) -> str:
     engines, per_node, ranks = request.engines, request.machines.gpus_per_node, plan.request.layout.world_size
     batch = request.batch
     sizes = ", ".join(f"{name} {getattr(layout, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"))
+    pp = f", pp {engines.pp}" if engines.pp > 1 else ""
     return (
         f"trainer: {_gpus(ranks, per_node)}: {sizes}\n"
-        f"rollout: {_gpus(engines.num_gpus, per_node)}: {engines.num} engines of tp {engines.tp}\n"
+        f"rollout: {_gpus(engines.num_gpus, per_node)}: {engines.num} engines of tp {engines.tp}{pp}\n"
         f"step:    {batch.num_prompts:,} prompts x {batch.samples_per_prompt} samples of {batch.mean_prompt:,} + "
         f"{batch.mean_response:,} tokens, at most {batch.max_prompt:,} + {batch.max_response:,}"
     )

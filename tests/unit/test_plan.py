@@ -1,3 +1,4 @@
+import ast
 import base64
 import importlib.util
 import itertools
@@ -5,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +45,7 @@ def request_of(config, layout, *, batch=(4, 2, 5, 9, 8, 24), micro=2, steps=1, p
         "layout": layout,
         "pipeline_layout": pipeline,
         "batch": Batch(prompts, samples, *lengths, micro, steps),
-        "engines": Engines(1, 1, {}),
+        "engines": Engines(1, 1, 1, {}),
         "machines": Machines(8, 80 << 30, None),
         "distributed_optimizer": True,
         "cpu_offload": False,
@@ -265,7 +267,7 @@ def test_states_are_shared_out_over_the_copies():
 
 def test_capture_buffers_are_those_of_the_patches():
     facts = ModelFacts.from_config(CONFIGS["deepseek-v3"])
-    engines = Engines(1, 4, {"max_running_requests": 3, "chunked_prefill_size": 8})
+    engines = Engines(1, 4, 1, {"max_running_requests": 3, "chunked_prefill_size": 8})
     native = sizes.capture_buffers(facts, engines, 100, patched=False)
     assert native.device == np.zeros((8, 61, 8), np.int32).nbytes
     assert native.host == 4 * np.zeros((100, 61, 8), np.int32).nbytes == 4 * native.host_rank
@@ -274,15 +276,38 @@ def test_capture_buffers_are_those_of_the_patches():
     slots = sum(np.zeros(100, dtype).nbytes for dtype in (np.int32, np.int64, np.int64))
     assert patched.host == np.zeros((100, 58, 8), np.uint8).nbytes + 4 * slots
     assert patched.host_rank == patched.host - 3 * slots
-    two = Engines(1, 4, dict(engines.arguments) | {"enable_dp_attention": True, "dp_size": 2})
+    two = Engines(1, 4, 1, dict(engines.arguments) | {"enable_dp_attention": True, "dp_size": 2})
     assert sizes.capture_buffers(facts, two, 100, patched=True).host - patched.host == 100 * 58 * 8
+    # Stages of 15, 15, 15 and 16 layers, of which the first three are dense.
+    staged = sizes.capture_buffers(facts, Engines(1, 4, 4, engines.arguments), 100, patched=True)
+    assert staged.device == np.zeros((8 + 3, 16, 8), np.uint8).nbytes
+    assert (staged.host_rank, staged.host) == (patched.host_rank, patched.host + 12 * slots)
+
+
+def test_stages_of_an_engine_are_sglangs():
+    found = importlib.util.find_spec("sglang")
+    if found is None:
+        pytest.skip("needs sglang")
+    # Nothing of SGLang can be imported without all of it.
+    module = ast.parse(Path(found.submodule_search_locations[0], "srt/distributed/utils.py").read_text())
+    (function,) = [node for node in module.body if getattr(node, "name", "") == "get_pp_indices"]
+    names = {"os": SimpleNamespace(getenv=lambda name, default: default), "Tuple": tuple}
+    exec(compile(ast.Module([function], []), "utils.py", "exec"), names)
+    for num_layers, pp in ((48, 1), (48, 4), (61, 4), (61, 8), (7, 7), (94, 5)):
+        want = [range(*names["get_pp_indices"](num_layers, stage, pp)) for stage in range(pp)]
+        assert sizes.engine_stages(num_layers, pp) == want
 
 
 def test_a_pool_fills_what_the_weights_leave():
-    request = request_of(CONFIGS["deepseek-v3"], ParallelLayout(), engines=Engines(1, 64, {"mem_fraction_static": 0.5}))
+    engines = Engines(1, 64, 1, {"mem_fraction_static": 0.5})
+    request = request_of(CONFIGS["deepseek-v3"], ParallelLayout(), engines=engines)
     found = sizes.engine_memory(request)
     assert found.token == 61 * 576 * 2
     assert 0 <= (40 << 30) - found.weights - found.pool < found.token
+    staged = sizes.engine_memory(replace(request, engines=replace(engines, tp=16, pp=4)))
+    assert staged.token == 16 * 576 * 2
+    # The last stage has more than a quarter: 16 of 58 MoE layers, and the output layer.
+    assert 1 < staged.weights / found.weights < 16 / 58 * 4 + 0.01
 
 
 # The command.
@@ -335,12 +360,14 @@ def test_a_plan_that_fits(tmp_path, capsys):
         ({"num_steps_per_rollout": 3}, "3 * 1 * 2 (6) does not divide samples 16 * 8 (128)"),
         ({"rollout_max_response_len": 50_000}, "prompt + response (32 + 50,000) > max_position_embeddings (40,960)"),
         ({"rollout_tp_size": 3}, "tp / dp_size (3) does not divide num_attention_heads (32)"),
-        ({"rollout_tp_size": 6}, "rollout tp (6) and gpus per node (8): one must divide the other"),
+        ({"rollout_tp_size": 6}, "rollout tp * pp (6) and gpus per node (8): one must divide the other"),
         ({"num_nodes": 1, "rollout_num_engines": 5}, "trainer + engines (4 + 5) > nodes * gpus per node (1 * 8)"),
         ({"gpu_memory_gib": 100}, "> GPU memory (100 GiB)"),
         ({"sglang_args": '{"max_total_tokens": 20}'}, "its tokens (64) > KV slots (20)"),
         ({"sglang_args": '{"max_total_tokens": 99999999}'}, "> mem_fraction_static (0.85) of the GPU (340.0 GiB)"),
-        ({"sglang_args": '{"pp_size": 2}'}, "2 != 1 or None: layers are on several ranks"),
+        ({"sglang_args": '{"pp_size": 2}'}, "--sglang-args pp_size (2) != --rollout-pp-size (1)"),
+        ({"rollout_pp_size": 64}, "rollout pp (64) > num_layers (48)"),
+        ({"sglang_args": '{"attn_cp_size": 2}'}, "2 != 1 or None: tokens of a request are on several ranks"),
         ({"sglang_args": '{"speculative_algorithm": "EAGLE"}'}, "'EAGLE' != None: rows of rejected tokens"),
         ({"sglang_args": '{"moe_runner_backend": "flashinfer_trtllm"}'}, "'flashinfer_trtllm' != one that takes"),
         ({"megatron_args": '{"cuda_graph_impl": "local"}'}, "'local' != 'none': graphs are captured"),
