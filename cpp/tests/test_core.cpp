@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -277,12 +278,73 @@ void test_sets(std::size_t num_experts, std::size_t topk) {
   }
 }
 
+// A row's rank by its definition.
+template <class Id>
+r3::Wide plain_rank(std::vector<Id> row) {
+  std::ranges::sort(row);
+  r3::Wide rank = 0;
+  for (std::size_t i = 0; i < row.size(); ++i) {
+    rank += row[i] > i ? r3::num_sets(row[i], i + 1) : 0;
+  }
+  return rank;
+}
+
+r3::Wide bits_at(std::vector<std::byte> const& codes, std::size_t first, std::size_t count) {
+  r3::Wide value = 0;
+  for (std::size_t bit = first; bit < first + count; ++bit) {
+    value |= r3::Wide{std::to_integer<unsigned>(codes[bit / 8] >> (bit % 8)) & 1} << (bit - first);
+  }
+  return value;
+}
+
+// Many rows in any order, of runs of captured tokens that are longer and shorter than what is coded at once.
+template <class Id>
+void test_random_sets(std::size_t num_experts, std::size_t topk) {
+  constexpr std::size_t kTokens = 40, kLayers = 5;
+  std::mt19937 random(static_cast<unsigned>(num_experts * 16 + topk));
+  std::vector<std::int32_t> versions(kTokens);
+  std::vector<Id> ids, sorted, all(num_experts);
+  std::iota(all.begin(), all.end(), Id{0});
+  std::vector<r3::Wide> ranks;
+  for (std::size_t token = 0; token < kTokens; ++token) {
+    versions[token] = token > 20 && random() % 3 == 0 ? -1 : 0;
+    for (std::size_t layer = 0; layer < kLayers; ++layer) {
+      std::ranges::shuffle(all, random);
+      std::vector<Id> row(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(topk));
+      if (versions[token] < 0) {
+        row.assign(topk, Id{0});
+      } else {
+        ranks.push_back(plain_rank(row));
+      }
+      ids.insert(ids.end(), row.begin(), row.end());
+      std::ranges::sort(row);
+      sorted.insert(sorted.end(), row.begin(), row.end());
+    }
+  }
+  r3::SetShape const shape{kTokens, kLayers, topk, num_experts};
+  std::size_t const bits = r3::set_bits(num_experts, topk);
+  std::vector<std::byte> codes(r3::set_bytes(ranks.size(), bits));
+  r3::encode_sets(shape, ids.data(), std::span<std::int32_t const>(versions), std::span(codes));
+  for (std::size_t row = 0; row < ranks.size(); ++row) {
+    CHECK(bits_at(codes, row * bits, bits) == ranks[row]);
+  }
+  std::vector<Id> again(ids.size());
+  r3::decode_sets(shape, std::span<std::byte const>(codes), std::span<std::int32_t const>(versions), again.data());
+  CHECK(again == sorted);
+}
+
 void test_all_sets() {
   for (std::size_t topk = 1; topk <= 16; ++topk) {
     for (std::size_t num_experts : {topk, topk + 1, std::size_t{17}, std::size_t{128}, std::size_t{256}}) {
       test_sets<std::uint8_t>(std::max(num_experts, topk), topk);
     }
     test_sets<std::uint16_t>(1024, topk);
+    for (std::size_t num_experts : {8, 128, 256}) {
+      test_random_sets<std::uint8_t>(std::max(num_experts, topk), topk);
+    }
+    for (std::size_t num_experts : {256, 512, 1024}) {
+      test_random_sets<std::uint16_t>(num_experts, topk);
+    }
   }
   CHECK(contains(error_of([] { r3::set_bits(1025, 8); }), "num_experts (1025) outside 1 to 1024"));
   CHECK(contains(error_of([] { r3::set_bits(64, 17); }), "topk (17) outside 1 to 16"));

@@ -11,6 +11,7 @@
 #include <span>
 
 #include "r3/rows.hpp"
+#include "r3/set_members.hpp"
 #include "r3/sets.hpp"
 
 namespace r3 {
@@ -63,7 +64,28 @@ class BitReader {
   BitReader(std::span<std::byte const> from, std::size_t bits)
       : from_(from), bits_(bits), mask_(bits == 8 * sizeof(Word) ? ~Word{0} : (Word{1} << bits) - 1) {}
 
-  Word read(std::size_t number) const {
+  // Reads several one after the other.
+  template <std::size_t kCount>
+  std::array<Word, kCount> read(std::size_t number) const {
+    std::array<Word, kCount> words;
+    std::size_t const begin = number * bits_;
+    // Where each is wholly in the word at its first byte.
+    if (bits_ + 7 <= 8 * sizeof(Word) && (begin + (kCount - 1) * bits_) / 8 + sizeof(Word) <= from_.size()) [[likely]] {
+      for (std::size_t i = 0; i < kCount; ++i) {
+        std::size_t const bit = begin + i * bits_;
+        std::memcpy(&words[i], from_.data() + bit / 8, sizeof(Word));
+        words[i] = words[i] >> (bit % 8) & mask_;
+      }
+    } else {
+      for (std::size_t i = 0; i < kCount; ++i) {
+        words[i] = read_one(number + i);
+      }
+    }
+    return words;
+  }
+
+ private:
+  Word read_one(std::size_t number) const {
     std::size_t const bit = number * bits_, byte = bit / 8;
     unsigned const shift = bit % 8;
     if (byte + sizeof(Word) + 1 > from_.size()) [[unlikely]] {
@@ -78,7 +100,6 @@ class BitReader {
     return low & mask_;
   }
 
- private:
   Word near_end(std::size_t byte, unsigned shift) const {
     std::array<std::byte, sizeof(Word) + 1> bytes{};
     std::copy_n(from_.begin() + static_cast<std::ptrdiff_t>(byte), std::min(bytes.size(), from_.size() - byte),
@@ -126,12 +147,12 @@ void encode_sets(SetShape const& shape, Id const* ids, std::span<std::int32_t co
     refuse("topk_ids: a row does not hold distinct ids below num_experts (", shape.num_experts, ")");
   }
   with_set_code(shape, [&]<class Word, std::size_t K>() {
-    SetCode<Word> const code(shape.num_experts, shape.topk);
-    BitWriter<Word> writer(codes.data(), code.bits());
+    SetRanks<Word> const ranks(shape.num_experts, shape.topk);
+    BitWriter<Word> writer(codes.data(), set_bits(shape.num_experts, shape.topk));
     std::size_t const k = K == 0 ? shape.topk : K;
     for (std::size_t token = 0; token < shape.num_tokens; ++token) {
       for (std::size_t layer = 0; versions[token] >= 0 && layer < shape.num_layers; ++layer) {
-        writer.write(code.template rank<K>(ids + (token * shape.num_layers + layer) * k));
+        writer.write(ranks.template rank<K>(ids + (token * shape.num_layers + layer) * k));
       }
     }
     writer.finish();
@@ -140,48 +161,28 @@ void encode_sets(SetShape const& shape, Id const* ids, std::span<std::int32_t co
 
 // Decodes the rows first to last of the codes.
 template <class Word, std::size_t K, class Id>
-void decode_rows(SetCode<Word> const& code, BitReader<Word> const& reader, std::size_t first, std::size_t last,
-                 Id* ids) {
-  constexpr std::size_t kSets = 8;
-  Word largest = 0;
+void decode_rows(SetMembers<Word> const& members, BitReader<Word> const& reader, std::size_t topk, std::size_t first,
+                 std::size_t last, Id* ids) {
+  constexpr std::size_t kSets = 16;
   auto decode = [&]<std::size_t kCount>(std::size_t row) {
-    std::array<Word, kCount> ranks;
-    for (std::size_t i = 0; i < kCount; ++i) {
-      Word const rank = reader.read(row + i);
-      largest = std::max(largest, rank);
-      ranks[i] = rank < code.num_ranks() ? rank : 0;
+    auto const ranks = reader.template read<kCount>(row);
+    bool const good = *std::ranges::max_element(ranks) < members.num_ranks();
+    if (good) {
+      members.template write<K>(ranks, ids + (row - first) * topk);
     }
-    code.template members<K>(ranks, ids + (row - first) * code.topk());
+    return good;
   };
+  bool good = true;
   std::size_t row = first;
-  for (; row + kSets <= last; row += kSets) {
-    decode.template operator()<kSets>(row);
+  for (; good && row + kSets <= last; row += kSets) {
+    good = decode.template operator()<kSets>(row);
   }
-  for (; row < last; ++row) {
-    decode.template operator()<1>(row);
+  for (; good && row < last; ++row) {
+    good = decode.template operator()<1>(row);
   }
-  if (largest >= code.num_ranks()) {
+  if (!good) {
     refuse("codes: a rank of rows ", first, " to ", last, " is not below the number of sets");
   }
-}
-
-#if defined(__x86_64__)
-// The same with shifts that need no flags, a quarter faster.
-template <class Word, std::size_t K, class Id>
-[[gnu::flatten, gnu::target("bmi,bmi2")]] void decode_rows_bmi(SetCode<Word> const& code, BitReader<Word> const& reader,
-                                                               std::size_t first, std::size_t last, Id* ids) {
-  decode_rows<Word, K>(code, reader, first, last, ids);
-}
-#endif
-
-template <class Word, std::size_t K, class Id>
-auto find_decode_rows() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("bmi2")) {
-    return &decode_rows_bmi<Word, K, Id>;
-  }
-#endif
-  return &decode_rows<Word, K, Id>;
 }
 
 // Writes ids, [S, M, K]: sorted ones in captured rows, 0 in others; refuses codes of another length, ranks that are too
@@ -199,9 +200,8 @@ void decode_sets(SetShape const& shape, std::span<std::byte const> codes, std::s
     refuse("codes: bits behind the last row are not 0");
   }
   with_set_code(shape, [&]<class Word, std::size_t K>() {
-    SetCode<Word> const code(shape.num_experts, shape.topk);
+    SetMembers<Word> const members(shape.num_experts, shape.topk);
     BitReader<Word> const reader(codes, bits);
-    auto const decode = find_decode_rows<Word, K, Id>();
     std::size_t const token_size = shape.num_layers * shape.topk;
     std::size_t row = 0;
     for (std::size_t token = 0, end = 0; token < shape.num_tokens; token = end) {
@@ -210,7 +210,8 @@ void decode_sets(SetShape const& shape, std::span<std::byte const> codes, std::s
         ++end;
       }
       if (captured) {
-        decode(code, reader, row, row + (end - token) * shape.num_layers, ids + token * token_size);
+        decode_rows<Word, K>(members, reader, shape.topk, row, row + (end - token) * shape.num_layers,
+                             ids + token * token_size);
         row += (end - token) * shape.num_layers;
       } else {
         std::fill_n(ids + token * token_size, (end - token) * token_size, Id{0});

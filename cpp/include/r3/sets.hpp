@@ -57,37 +57,26 @@ inline std::size_t set_bits(std::size_t num_experts, std::size_t topk) {
 
 inline std::size_t set_bytes(std::size_t num_rows, std::size_t bits) { return (num_rows * bits + 7) / 8; }
 
-// The tables of one E and K. A word is 64 bits where ranks fit, else 128.
-template <class Word>
-class SetCode {
- public:
-  SetCode(std::size_t num_experts, std::size_t topk)
-      : num_experts_(num_experts),
-        topk_(topk),
-        bits_(set_bits(num_experts, topk)),
-        num_sets_(static_cast<Word>(num_sets(num_experts, topk))),
-        binomials_((topk + 1) * (num_experts + 1)) {
-    for (std::size_t c = 0; c <= num_experts; ++c) {
-      binomial(0, c) = 1;
-      for (std::size_t i = 1; c > 0 && i <= topk; ++i) {
-        // Larger ones are never asked for, and wrap around.
-        binomial(i, c) = binomial(i, c - 1) + binomial(i - 1, c - 1);
-      }
-    }
-    for (std::size_t i = 2; i <= topk; ++i) {
-      levels_[i] = make_level(i);
-    }
-    for (std::size_t c = 0; topk > 1 && num_experts <= 256 && c < num_experts; ++c) {
-      for (std::size_t lower = 0; lower < c; ++lower) {
-        pairs_.push_back({static_cast<std::uint8_t>(lower), static_cast<std::uint8_t>(c)});
-      }
+// C(c, i) times unit as [K + 1, E + 1]; those above all ranks are never asked for, and may be wrong.
+template <class Number>
+std::vector<Number> make_binomials(std::size_t num_experts, std::size_t topk, Number unit = 1) {
+  std::size_t const length = num_experts + 1;
+  std::vector<Number> binomials((topk + 1) * length);
+  for (std::size_t c = 0; c <= num_experts; ++c) {
+    binomials[c] = unit;
+    for (std::size_t i = 1; c > 0 && i <= topk; ++i) {
+      binomials[i * length + c] = binomials[i * length + c - 1] + binomials[(i - 1) * length + c - 1];
     }
   }
+  return binomials;
+}
 
-  std::size_t num_experts() const { return num_experts_; }
-  std::size_t topk() const { return topk_; }
-  std::size_t bits() const { return bits_; }
-  Word num_ranks() const { return num_sets_; }
+// The table that ranks sets of one E and K. A word is 64 bits where ranks fit, else 128.
+template <class Word>
+class SetRanks {
+ public:
+  SetRanks(std::size_t num_experts, std::size_t topk)
+      : num_experts_(num_experts), topk_(topk), binomials_(make_binomials<Word>(num_experts, topk)) {}
 
   // The rank of K distinct ids below E in any order: an id's place in the order is how many others are smaller.
   template <std::size_t K, class Id>
@@ -106,77 +95,10 @@ class SetCode {
     return rank;
   }
 
-  // Writes the sorted ids of several ranks below num_ranks(); side by side, because each is a chain of lookups.
-  template <std::size_t K, std::size_t kSets, class Id>
-  void members(std::array<Word, kSets> ranks, Id* out) const {
-    std::size_t const k = K == 0 ? topk_ : K;
-    std::size_t const last = pairs_.empty() ? 1 : 2;
-    for (std::size_t i = k; i > last; --i) {
-      Level const& level = levels_[i];
-      Word const* binomials = binomials_.data() + i * (num_experts_ + 1);
-      for (std::size_t set = 0; set < kSets; ++set) {
-        std::size_t c = level.starts[level.bucket(ranks[set])];
-        c += binomials[c + 1] <= ranks[set];
-        ranks[set] -= binomials[c];
-        out[set * k + i - 1] = static_cast<Id>(c);
-      }
-    }
-    for (std::size_t set = 0; set < kSets; ++set) {
-      if (last == 1) {
-        out[set * k] = static_cast<Id>(ranks[set]);  // C(c, 1) = c
-      } else {
-        Pair const& pair = pairs_[static_cast<std::size_t>(ranks[set])];
-        out[set * k] = pair[0];
-        out[set * k + 1] = pair[1];
-      }
-    }
-  }
-
  private:
-  using Pair = std::array<std::uint8_t, 2>;
-
-  // Finds the largest c with C(c, i) <= rank: a rank's leading bits leave only two to choose from.
-  struct Level {
-    unsigned bits = 0;  // leading bits that count, besides the first
-    std::vector<std::uint16_t> starts;
-
-    std::size_t bucket(Word rank) const {
-      std::size_t const shift = top_bit<Word>(rank | (Word{1} << bits)) - bits;
-      return (shift << bits) + static_cast<std::size_t>(rank >> shift);
-    }
-  };
-
-  Word& binomial(std::size_t i, std::size_t c) { return binomials_[i * (num_experts_ + 1) + c]; }
-
-  // Takes as many leading bits as needed, and remembers the smaller c of each bucket of ranks.
-  Level make_level(std::size_t i) {
-    // The i-th of a set's members is at most E - 1 - (K - i), and binomials of larger ones are not needed.
-    std::size_t const end = num_experts_ - (topk_ - i);
-    for (unsigned bits = 1;; ++bits) {
-      Level level{bits, {}};
-      bool narrow = true;
-      std::size_t c = i - 1;
-      for (Word first = 0, next = 0; narrow && first < binomial(i, end); first = next) {
-        next = first + (Word{1} << (top_bit<Word>(first | (Word{1} << bits)) - bits));
-        while (c + 1 < end && binomial(i, c + 1) <= first) {
-          ++c;
-        }
-        narrow = c + 2 >= end || binomial(i, c + 2) >= next;
-        level.starts.push_back(static_cast<std::uint16_t>(c));
-      }
-      if (narrow) {
-        return level;
-      }
-    }
-  }
-
   std::size_t num_experts_;
   std::size_t topk_;
-  std::size_t bits_;
-  Word num_sets_;
-  std::vector<Word> binomials_;  // [K + 1, E + 1]: C(c, i)
-  std::array<Level, kMostInSet + 1> levels_;
-  std::vector<Pair> pairs_;  // [C(E, 2)]: the last two members at once, of up to 256 experts
+  std::vector<Word> binomials_;
 };
 
 }  // namespace r3
