@@ -6,6 +6,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "r3/collect.hpp"
@@ -331,6 +332,15 @@ void test_random_sets(std::size_t num_experts, std::size_t topk) {
   std::vector<Id> again(ids.size());
   r3::decode_sets(shape, std::span<std::byte const>(codes), std::span<std::int32_t const>(versions), again.data());
   CHECK(again == sorted);
+  for (std::size_t trial = 0; trial < 60; ++trial) {
+    std::size_t const cell = random() % ids.size(), other = cell / topk * topk + random() % topk;
+    Id const before = std::exchange(ids[cell], static_cast<Id>(trial % 2 == 0 ? random() : ids[other]));
+    bool const bad = r3::find_bad_row(ids.data(), versions.data(), kTokens, kLayers, topk, num_experts).has_value();
+    auto const error = error_of(
+        [&] { r3::encode_sets(shape, ids.data(), std::span<std::int32_t const>(versions), std::span(codes)); });
+    CHECK(bad == contains(error, "a row does not hold distinct ids"));
+    ids[cell] = before;
+  }
 }
 
 void test_all_sets() {
@@ -346,6 +356,10 @@ void test_all_sets() {
       test_random_sets<std::uint16_t>(num_experts, topk);
     }
   }
+  // Numbers of sets just below 2^52, up to which ranks are doubles, and above.
+  test_random_sets<std::uint16_t>(344, 8);
+  test_random_sets<std::uint16_t>(370, 8);
+  test_random_sets<std::uint8_t>(171, 10);
   CHECK(contains(error_of([] { r3::set_bits(1025, 8); }), "num_experts (1025) outside 1 to 1024"));
   CHECK(contains(error_of([] { r3::set_bits(64, 17); }), "topk (17) outside 1 to 16"));
 }

@@ -10,9 +10,10 @@
 #include <cstring>
 #include <span>
 
-#include "r3/rows.hpp"
 #include "r3/set_members.hpp"
+#include "r3/set_ranks.hpp"
 #include "r3/sets.hpp"
+#include "r3/topk.hpp"
 
 namespace r3 {
 
@@ -138,23 +139,63 @@ void with_set_code(SetShape const& shape, Action action) {
   });
 }
 
-// Codes the captured rows of ids, [S, M, K], which are right as find_bad_row sees it; codes has set_bytes(captured * M,
-// bits) bytes.
+// Calls action(captured, first, last) for each run of tokens that were captured or were not.
+template <class Action>
+void for_runs(std::span<std::int32_t const> versions, Action action) {
+  for (std::size_t first = 0, last = 0; first < versions.size(); first = last) {
+    bool const captured = versions[first] >= 0;
+    while (last < versions.size() && (versions[last] >= 0) == captured) {
+      ++last;
+    }
+    action(captured, first, last);
+  }
+}
+
+// Codes rows of ids; says whether they all hold distinct ids below E.
+template <class Word, std::size_t K, class Id>
+bool encode_rows(SetRanks<Word> const& ranks, BitWriter<Word>& codes, SetShape const& shape, std::size_t num_rows,
+                 Id const* ids) {
+  constexpr std::size_t kRows = SortedRows<Id, K>::kRows;
+  SortedRows<Id, K> rows(shape.topk);
+  BitWriter<Word> writer = codes;  // a copy, because a byte that is written could be any of the original's
+  std::array<Id, kRows * kMostInSet> padded;
+  for (std::size_t first = 0; first < num_rows; first += kRows) {
+    std::size_t const count = std::min(num_rows - first, kRows);
+    Id const* begin = ids + first * shape.topk;
+    if (count < kRows) {
+      Id* rest = std::copy_n(begin, count * shape.topk, padded.data());
+      for (std::size_t i = 0; i < (kRows - count) * shape.topk; ++i) {
+        rest[i] = static_cast<Id>(i % shape.topk);
+      }
+      begin = padded.data();
+    }
+    if (!rows.sort(begin, shape.num_experts)) {
+      return false;
+    }
+    for (std::size_t row = 0; row < count; ++row) {
+      writer.write(ranks.rank(rows, row));
+    }
+  }
+  codes = writer;
+  return true;
+}
+
+// Codes the captured rows of ids, [S, M, K]; refuses rows that are wrong as find_bad_row sees it. codes has
+// set_bytes(captured * M, bits) bytes.
 template <class Id>
 void encode_sets(SetShape const& shape, Id const* ids, std::span<std::int32_t const> versions,
                  std::span<std::byte> codes) {
-  if (find_bad_row(ids, versions.data(), shape.num_tokens, shape.num_layers, shape.topk, shape.num_experts)) {
-    refuse("topk_ids: a row does not hold distinct ids below num_experts (", shape.num_experts, ")");
-  }
   with_set_code(shape, [&]<class Word, std::size_t K>() {
     SetRanks<Word> const ranks(shape.num_experts, shape.topk);
     BitWriter<Word> writer(codes.data(), set_bits(shape.num_experts, shape.topk));
-    std::size_t const k = K == 0 ? shape.topk : K;
-    for (std::size_t token = 0; token < shape.num_tokens; ++token) {
-      for (std::size_t layer = 0; versions[token] >= 0 && layer < shape.num_layers; ++layer) {
-        writer.write(ranks.template rank<K>(ids + (token * shape.num_layers + layer) * k));
+    std::size_t const token_size = shape.num_layers * shape.topk;
+    for_runs(versions, [&](bool captured, std::size_t first, std::size_t last) {
+      Id const* begin = ids + first * token_size;
+      if (captured ? !encode_rows<Word, K>(ranks, writer, shape, (last - first) * shape.num_layers, begin)
+                   : std::any_of(begin, ids + last * token_size, [](Id id) { return id != 0; })) {
+        refuse("topk_ids: a row does not hold distinct ids below num_experts (", shape.num_experts, ")");
       }
-    }
+    });
     writer.finish();
   });
 }
@@ -204,19 +245,16 @@ void decode_sets(SetShape const& shape, std::span<std::byte const> codes, std::s
     BitReader<Word> const reader(codes, bits);
     std::size_t const token_size = shape.num_layers * shape.topk;
     std::size_t row = 0;
-    for (std::size_t token = 0, end = 0; token < shape.num_tokens; token = end) {
-      bool const captured = versions[token] >= 0;
-      for (end = token; end < shape.num_tokens && (versions[end] >= 0) == captured;) {
-        ++end;
-      }
+    for_runs(versions, [&](bool captured, std::size_t first, std::size_t last) {
+      Id* begin = ids + first * token_size;
       if (captured) {
-        decode_rows<Word, K>(members, reader, shape.topk, row, row + (end - token) * shape.num_layers,
-                             ids + token * token_size);
-        row += (end - token) * shape.num_layers;
+        std::size_t const end = row + (last - first) * shape.num_layers;
+        decode_rows<Word, K>(members, reader, shape.topk, row, end, begin);
+        row = end;
       } else {
-        std::fill_n(ids + token * token_size, (end - token) * token_size, Id{0});
+        std::fill(begin, ids + last * token_size, Id{0});
       }
-    }
+    });
   });
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -70,35 +69,5 @@ std::vector<Number> make_binomials(std::size_t num_experts, std::size_t topk, Nu
   }
   return binomials;
 }
-
-// The table that ranks sets of one E and K. A word is 64 bits where ranks fit, else 128.
-template <class Word>
-class SetRanks {
- public:
-  SetRanks(std::size_t num_experts, std::size_t topk)
-      : num_experts_(num_experts), topk_(topk), binomials_(make_binomials<Word>(num_experts, topk)) {}
-
-  // The rank of K distinct ids below E in any order: an id's place in the order is how many others are smaller.
-  template <std::size_t K, class Id>
-  Word rank(Id const* ids) const {
-    std::size_t const k = K == 0 ? topk_ : K;
-    std::array<Id, K == 0 ? kMostInSet : K> place{};
-    for (std::size_t i = 0; i < k; ++i) {
-      for (std::size_t j = 0; j < k; ++j) {
-        place[j] = static_cast<Id>(place[j] + (ids[i] <= ids[j]));
-      }
-    }
-    Word rank = 0;
-    for (std::size_t i = 0; i < k; ++i) {
-      rank += binomials_[place[i] * (num_experts_ + 1) + ids[i]];
-    }
-    return rank;
-  }
-
- private:
-  std::size_t num_experts_;
-  std::size_t topk_;
-  std::vector<Word> binomials_;
-};
 
 }  // namespace r3
