@@ -20,9 +20,13 @@ static_assert(std::numeric_limits<double>::is_iec559, "leading bits of ranks are
 inline constexpr double kRankUnit = 0x1p-1022;
 inline constexpr std::uint64_t kMostOfDouble = std::uint64_t{1} << 52;
 
+inline constexpr double kBase = kMostOfDouble * kRankUnit;  // a rank is added to its bits, and taken off as a double
+
 inline double as_double(std::uint64_t rank) {
-  constexpr double kBase = kMostOfDouble * kRankUnit;
   return std::bit_cast<double>(std::bit_cast<std::uint64_t>(kBase) + rank) - kBase;
+}
+inline std::uint64_t as_whole(double rank) {
+  return std::bit_cast<std::uint64_t>(rank + kBase) - std::bit_cast<std::uint64_t>(kBase);
 }
 
 // Bits that are in the order of ranks; those of doubles are compared faster than the doubles.
@@ -140,16 +144,21 @@ class SetMembers {
     for (; i > num_small_; --i) {
       large_.take(i, words, out + i - 1, k);
     }
-    std::array<double, kSets> ranks;
-    for (std::size_t set = 0; set < kSets; ++set) {
-      ranks[set] = as_double(static_cast<std::uint64_t>(words[set]));
-    }
-    for (; i > last; --i) {
-      small_.take(i, ranks, out + i - 1, k);
+    if (i > last) {
+      std::array<double, kSets> ranks;
+      for (std::size_t set = 0; set < kSets; ++set) {
+        ranks[set] = as_double(static_cast<std::uint64_t>(words[set]));
+      }
+      for (; i > last; --i) {
+        small_.take(i, ranks, out + i - 1, k);
+      }
+      for (std::size_t set = 0; set < kSets; ++set) {
+        words[set] = as_whole(ranks[set]);
+      }
     }
     Pair const* pairs = pairs_.data();
     for (std::size_t set = 0; set < kSets; ++set) {
-      auto const rest = static_cast<std::size_t>(static_cast<std::int64_t>(ranks[set] / kRankUnit) - 1);
+      auto const rest = static_cast<std::size_t>(words[set]) - 1;
       if (last == 1) {
         out[set * k] = static_cast<Id>(rest);  // C(c, 1) = c
       } else {
