@@ -16,11 +16,11 @@ namespace r3 {
 static_assert(std::numeric_limits<double>::is_iec559, "leading bits of ranks are read off doubles");
 
 // Ranks up to 2^52 are held as doubles, because these begin with their leading bits. In units of the smallest normal
-// double nothing has to be taken off the exponent, which is 1 for a rank of 1.
+// double nothing has to be taken off the exponent, which is 1 for a rank of 1; smaller ones, which a thread may have
+// set to be flushed to 0, do not occur.
 inline constexpr double kRankUnit = 0x1p-1022;
 inline constexpr std::uint64_t kMostOfDouble = std::uint64_t{1} << 52;
-
-inline constexpr double kBase = kMostOfDouble * kRankUnit;  // a rank is added to its bits, and taken off as a double
+inline constexpr double kBase = kMostOfDouble * kRankUnit;  // its bits and a rank's add up to those of their sum
 
 inline double as_double(std::uint64_t rank) {
   return std::bit_cast<double>(std::bit_cast<std::uint64_t>(kBase) + rank) - kBase;
