@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <ostream>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -16,6 +17,27 @@
 #include "r3/text.hpp"
 
 namespace r3 {
+
+// What an array is called in an error: as text only when there is one, because to make text of the names of hundreds of
+// traces takes as long as to copy their routes.
+struct Name {
+  static constexpr std::size_t kNoIndex = std::numeric_limits<std::size_t>::max();
+
+  Name(char const* array, std::size_t index = kNoIndex, char const* part = "")
+      : array(array), index(index), part(part) {}
+
+  friend std::ostream& operator<<(std::ostream& stream, Name const& name) {
+    stream << name.array;
+    if (name.index != kNoIndex) {
+      stream << '[' << name.index << ']';
+    }
+    return stream << name.part;
+  }
+
+  char const* array;
+  std::size_t index;
+  char const* part;
+};
 
 // Pointer and shape of an array; it keeps the array alive, so make and drop it with the GIL held.
 template <class T, std::size_t Rank>
@@ -34,7 +56,7 @@ bool has_dtype(pybind11::array const& array) {
 
 // Views an array of exactly this dtype; a const T asks for reading only.
 template <class T, std::size_t Rank>
-View<T, Rank> view(pybind11::handle object, std::string const& name) {
+View<T, Rank> view(pybind11::handle object, Name const& name) {
   if (!pybind11::isinstance<pybind11::array>(object)) {
     refuse(name, ": ", pybind11::type::of(object).attr("__name__").cast<std::string>(), " is not a numpy array");
   }
@@ -60,7 +82,7 @@ View<T, Rank> view(pybind11::handle object, std::string const& name) {
   return result;
 }
 
-inline void check_length(std::string const& name, std::size_t found, std::string const& other, std::size_t wanted) {
+inline void check_length(Name const& name, std::size_t found, Name const& other, std::size_t wanted) {
   if (found != wanted) {
     refuse(name, ": length ", found, " != ", wanted, " of ", other);
   }
@@ -80,7 +102,7 @@ void check_experts(std::int64_t num_experts, std::size_t topk) {
 
 // Calls action.operator()<Id>() with the type of a trace's ids.
 template <class Action>
-auto with_trace_dtype(pybind11::array const& array, std::string const& name, Action action) {
+auto with_trace_dtype(pybind11::array const& array, Name const& name, Action action) {
   if (has_dtype<std::uint8_t>(array)) {
     return action.template operator()<std::uint8_t>();
   }
@@ -92,7 +114,7 @@ auto with_trace_dtype(pybind11::array const& array, std::string const& name, Act
 
 // Calls action.operator()<T>() with the type of the ids that a trainer uses.
 template <class Action>
-auto with_local_dtype(pybind11::array const& array, std::string const& name, Action action) {
+auto with_local_dtype(pybind11::array const& array, Name const& name, Action action) {
   if (has_dtype<std::int16_t>(array)) {
     return action.template operator()<std::int16_t>();
   }
@@ -113,7 +135,7 @@ auto with_local_dtype(pybind11::array const& array, std::string const& name, Act
 }
 
 // Views [N, 5] int64 as segments.
-inline View<Segment const, 1> view_segments(pybind11::handle object, std::string const& name) {
+inline View<Segment const, 1> view_segments(pybind11::handle object, Name const& name) {
   static_assert(sizeof(Segment) == 5 * sizeof(std::int64_t) && std::is_standard_layout_v<Segment>);
   auto table = view<std::int64_t const, 2>(object, name);
   check_length(name, table.shape[1], "sample, pos, length, row, stride", 5);

@@ -30,18 +30,18 @@ using Owners = std::vector<py::array>;
 
 template <class Id>
 void add_shard(CollectJob<Id>& job, Owners& owners, Request const& request, std::size_t i) {
-  std::string const name = text("ids[", i, "]");
-  auto versions = view<std::int32_t const, 1>(request.row_versions[i], text("row_versions[", i, "]"));
-  auto layers = view<std::int64_t const, 1>(request.layer_indices[i], text("layer_indices[", i, "]"));
-  auto segments = view_segments(request.segments[i], text("segments[", i, "]"));
+  Name const name("ids", i);
+  auto versions = view<std::int32_t const, 1>(request.row_versions[i], Name("row_versions", i));
+  auto layers = view<std::int64_t const, 1>(request.layer_indices[i], Name("layer_indices", i));
+  auto segments = view_segments(request.segments[i], Name("segments", i));
   if (!py::isinstance<py::array>(request.ids[i])) {
     refuse(name, " is not a numpy array");
   }
   AnyIds const ids = with_local_dtype(request.ids[i].cast<py::array>(), name, [&]<class In>() -> AnyIds {
     auto array = view<In const, 3>(request.ids[i], name);
     check_length(name, array.shape[0], "layer_indices", layers.shape[0]);
-    check_length(text(name, " dimension 1"), array.shape[1], "row_versions", versions.shape[0]);
-    check_length(text(name, " dimension 2"), array.shape[2], "topk_ids[0]", job.topk);
+    check_length(Name(name.array, i, " dimension 1"), array.shape[1], "row_versions", versions.shape[0]);
+    check_length(Name(name.array, i, " dimension 2"), array.shape[2], "topk_ids[0]", job.topk);
     owners.push_back(array.owner);
     return array.data;
   });
@@ -51,16 +51,16 @@ void add_shard(CollectJob<Id>& job, Owners& owners, Request const& request, std:
 
 template <class Id>
 void add_sample(CollectJob<Id>& job, Owners& owners, Request const& request, std::size_t i) {
-  std::string const name = text("topk_ids[", i, "]");
+  Name const name("topk_ids", i);
   auto ids = view<Id, 3>(request.topk_ids[i], name);
-  auto versions = view<std::int32_t, 1>(request.version_ids[i], text("version_ids[", i, "]"));
+  auto versions = view<std::int32_t, 1>(request.version_ids[i], Name("version_ids", i));
   if (i == 0) {
     job.topk = ids.shape[2];
     check_experts<Id>(request.num_experts, job.topk);
   }
   check_length(name, ids.shape[0], "version_ids", versions.shape[0]);
-  check_length(text(name, " dimension 1"), ids.shape[1], "layer_ids", job.layer_ids.size());
-  check_length(text(name, " dimension 2"), ids.shape[2], "topk_ids[0]", job.topk);
+  check_length(Name(name.array, i, " dimension 1"), ids.shape[1], "layer_ids", job.layer_ids.size());
+  check_length(Name(name.array, i, " dimension 2"), ids.shape[2], "topk_ids[0]", job.topk);
   job.samples.push_back({ids.data, versions.span()});
   owners.insert(owners.end(), {ids.owner, versions.owner});
 }

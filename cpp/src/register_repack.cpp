@@ -41,24 +41,24 @@ struct Inputs {
 
 template <class Id, class Out>
 void add_trace(RepackJob<Id, Out>& job, Inputs<Id>& inputs, Request const& request, std::size_t i) {
-  std::string const name = text("topk_ids[", i, "]");
+  Name const name("topk_ids", i);
   auto ids = view<Id const, 3>(request.topk_ids[i], name);
-  auto versions = view<std::int32_t const, 1>(request.version_ids[i], text("version_ids[", i, "]"));
-  check_length(text("version_ids[", i, "]"), versions.shape[0], name, ids.shape[0]);
+  auto versions = view<std::int32_t const, 1>(request.version_ids[i], Name("version_ids", i));
+  check_length(Name("version_ids", i), versions.shape[0], name, ids.shape[0]);
   if (i == 0) {
     job.num_layers = ids.shape[1];
   }
-  check_length(text(name, " dimension 1"), ids.shape[1], "topk_ids[0]", job.num_layers);
-  check_length(text(name, " dimension 2"), ids.shape[2], "out", job.topk);
+  check_length(Name(name.array, i, " dimension 1"), ids.shape[1], "topk_ids[0]", job.num_layers);
+  check_length(Name(name.array, i, " dimension 2"), ids.shape[2], "out", job.topk);
   Trace<Id> trace{ids.data, versions.data, nullptr, ids.shape[0], {}};
   if (request.token_ids) {
-    auto tokens = view<std::int32_t const, 1>((*request.token_ids)[i], text("token_ids[", i, "]"));
-    check_length(text("token_ids[", i, "]"), tokens.shape[0], name, ids.shape[0]);
+    auto tokens = view<std::int32_t const, 1>((*request.token_ids)[i], Name("token_ids", i));
+    check_length(Name("token_ids", i), tokens.shape[0], name, ids.shape[0]);
     trace.token_ids = tokens.data;
     inputs.vectors.push_back(tokens);
   }
   if (request.version_maps && !py::object((*request.version_maps)[i]).is_none()) {
-    auto map = view<std::int32_t const, 1>((*request.version_maps)[i], text("version_maps[", i, "]"));
+    auto map = view<std::int32_t const, 1>((*request.version_maps)[i], Name("version_maps", i));
     trace.version_map = map.span();
     inputs.vectors.push_back(map);
   }

@@ -7,10 +7,11 @@ S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts 
 
 import os
 import platform
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -78,18 +79,25 @@ def bench_repack(*, num_tokens: int = 1 << 20, repeats: int = 9, max_mib: int = 
     rng = np.random.default_rng(0)
     traces = make_traces(rng, num_tokens)
     report: dict[str, Any] = {"machine": machine(), "command": "r3 bench repack", "routes_bytes": num_tokens * 384}
+    parallel, of_stage = "tp2 cp2 pp4 vpp2 ep8", [*range(6), *range(24, 30)]
+    staged = cut_layers(traces, of_stage)
     cases = {
-        f"{name} {dtype}": measure_case(make_step(name, traces, layout, layers, dtype), repeats)
-        for name, layout, layers in (
-            ("none", ParallelLayout(), list(range(NUM_LAYERS))),
-            ("tp2 cp2 pp4 vpp2 ep8, chunk 0", PARALLEL, list(range(6))),
-            ("tp2 cp2 pp4 vpp2 ep8, chunk 1", PARALLEL, list(range(24, 30))),
+        f"{name} {dtype}": measure_case(make_step(name, given, layout, layers, dtype), repeats)
+        for name, given, layout, layers in (
+            ("none", traces, ParallelLayout(), list(range(NUM_LAYERS))),
+            (f"{parallel}, chunk 0", traces, PARALLEL, of_stage[:6]),
+            (f"{parallel}, chunk 1", traces, PARALLEL, of_stage[6:]),
+            (f"{parallel}, chunk 0 of its stage's layers", staged, PARALLEL, list(range(6))),
+            (f"{parallel}, chunk 1 of its stage's layers", staged, PARALLEL, list(range(6, 12))),
         )
         for dtype in ("int16", "uint8")
     }
+    del staged
     plain = make_step("none", traces, ParallelLayout(), list(range(NUM_LAYERS)), "int16")
     report["memcpy_ratio_1t"] = cases["none int16"]["memcpy_ratio"]
-    report["memcpy_ratio_1t_parallel"] = min(case["memcpy_ratio"] for name, case in cases.items() if "tp2" in name)
+    for key, which in (("parallel", ", chunk . u?int"), ("stage", "of its stage's layers")):
+        ratios = [case["memcpy_ratio"] for name, case in cases.items() if re.search(which, name)]
+        report[f"memcpy_ratio_1t_{key}"] = min(ratios)
     report |= measure_threads(plain, repeats)
     report |= measure_others(plain)
     report["peak_extra_mib"] = peak_extra_mib(plain)
@@ -137,6 +145,19 @@ def make_traces(rng: np.random.Generator, num_tokens: int) -> list[RoutingTrace]
     return [
         RoutingTrace(memory[cut], token_ids[cut], version_ids[cut], layer_ids, NUM_EXPERTS, ("step-1",))
         for cut in (slice(begin, end) for begin, end in pairwise(begins.tolist()))
+    ]
+
+
+def cut_layers(traces: list[RoutingTrace], layers: list[int]) -> list[RoutingTrace]:
+    """Return the traces with some layers, which are numbered anew: what a trainer's rank gets of its pipeline stage."""
+    memory = np.ascontiguousarray(memory_of(traces)[:, layers])
+    layer_ids = np.arange(len(layers), dtype=np.int32)
+    for array in (memory, layer_ids):
+        array.flags.writeable = False
+    begins = np.cumsum([0, *(trace.num_tokens for trace in traces)]).tolist()
+    return [
+        replace(trace, topk_ids=memory[begin:end], layer_ids=layer_ids)
+        for trace, (begin, end) in zip(traces, pairwise(begins), strict=True)
     ]
 
 
