@@ -66,6 +66,18 @@ def test_samples_of_one_prompt(server: Server, length: int) -> None:
     assert len(last) > 1, "the samples computed the last prompt token alike: nothing was proved"
 
 
+@pytest.mark.parametrize("length", [12, 80])
+def test_the_prompt_of_a_group_is_sent_once(server: Server, length: int) -> None:
+    (prompt,) = make_prompts(15, [length])
+    (head,) = computations_from_reply(server.ask(prompt, 0), prompt)
+    for reply in server.ask([prompt] * 8, 24, routed_experts_start_len=length - 1):
+        (turn,) = computations_from_reply(reply, prompt, start=length - 1)
+        assert turn.trace.num_tokens == 1 + 24
+        whole = join_turns(head, turn)
+        assert whole.trace.captured[:-1].all()
+        assert server.worst(reply, prompt, [whole]) <= EXACT
+
+
 def test_a_prefix_of_one_token(server: Server) -> None:
     prompts = [[7, *prompt] for prompt in make_prompts(2, [9, 17, 30, 5])]
     for reply, prompt in zip(server.ask(prompts, 24), prompts, strict=True):
