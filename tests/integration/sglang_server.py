@@ -76,10 +76,15 @@ class Reference:
 
 
 class Server:
-    """A running server and the requests to it."""
+    """A running server and the requests to it.
 
-    def __init__(self, url: str, weights: Mapping[str, Path], shared_memory: Path | None = None) -> None:
-        self.url, self.weights, self.shared_memory = url, weights, shared_memory
+    pauses: whether it computes nothing while generation is paused; SGLang's pipeline goes on, and retracts some only.
+    """
+
+    def __init__(self, url: str, weights: Mapping[str, Path], settings: EngineSettings) -> None:
+        shared = settings.extra.get("routed_experts_dir")
+        self.url, self.weights, self.shared_memory = url, weights, None if shared is None else Path(shared)
+        self.pauses = settings.pp_size == 1
         self.references = {name: Reference(folder) for name, folder in weights.items()}
 
     def open(self, path: str, body: Any = None) -> Any:
@@ -198,16 +203,15 @@ def serve(folder: Path, weights: Mapping[str, Path], settings: EngineSettings) -
             command(settings), env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        shared = settings.extra.get("routed_experts_dir")
-        found = Server(f"http://127.0.0.1:{port}", weights, None if shared is None else Path(shared))
+        found = Server(f"http://127.0.0.1:{port}", weights, settings)
         _wait_for(found, process, log)
         yield found
         assert process.poll() is None, log.read_text(errors="replace")[-4000:]
         assert "memory leak" not in log.read_text(errors="replace")
-        if shared is not None:
+        if (shared := found.shared_memory) is not None:
             process.terminate()
             process.wait(TIMEOUT)
-            assert not Path(shared).exists(), sorted(Path(shared).iterdir())
+            assert not shared.exists(), sorted(shared.iterdir())
     finally:
         end(process)
 

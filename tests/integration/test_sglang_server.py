@@ -183,9 +183,11 @@ def test_weights_change_while_requests_are_retracted(server: Server) -> None:
         assert _names(before, slice(None)) == {"v1"}
         # The prompt's cached rows are of the old weights, and say so; the outputs were computed again.
         assert _names(after, slice(0, len(prompt))) == {"v1"}
-        assert _names(after, slice(len(prompt), None)) == {"v2"}
+        names = [after.trace.weight_versions[index] for index in after.trace.version_ids[:-1]]
+        assert names == sorted(names)
+        assert set(names[len(prompt) :]) == {"v2"} or not server.pauses
         assert after.sampled_start == before.stop
-    assert computed_twice > 0
+    assert computed_twice > 0 or not server.pauses
 
 
 def test_weights_change_while_requests_wait_in_place(server: Server) -> None:
@@ -265,8 +267,8 @@ def test_a_request_that_is_aborted_while_it_waits_after_a_retraction(server: Ser
     server.post("/continue_generation", {})
     assert reply["meta_info"]["finish_reason"]["type"] == "abort"
     assert 0 < len(reply["output_ids"]) < 400
-    # SGLang's pipeline does not wait in a pause: it may have begun to compute the request again.
-    *_, computation = server.check(reply, prompt, aborted="keep")
+    *earlier, computation = server.check(reply, prompt, aborted="keep")
+    assert not (earlier and server.pauses)
     assert computation.stop == len(prompt) + len(reply["output_ids"])
 
 
@@ -275,7 +277,8 @@ def _ask_as_openai(server: Server, path: str, prompt: list[int], **options: Any)
     text = " ".join(f"t{token}" for token in prompt)
     content = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
     body = {"model": "m", "max_tokens": 16, "ignore_eos": True, "return_routed_experts": True, **content, **options}
-    return server.open(path, body)
+    # Chat streams leave out the log-probability of a token that adds no text.
+    return server.open(path, {**body, "skip_special_tokens": False})
 
 
 @pytest.mark.parametrize("stream", [False, True])
