@@ -4,7 +4,6 @@ S: tokens of a sample; L: decoder layers; M: MoE layers; K: experts a token; E: 
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 from r3_adapter import _core
@@ -12,7 +11,7 @@ from r3_adapter.errors import LayoutError
 from r3_adapter.layout import ParallelLayout, RankCoords
 from r3_adapter.plan.model import ModelShape, Parameters
 from r3_adapter.plan.request import Batch, Engines, PlanRequest
-from r3_adapter.plan.stages import Stages
+from r3_adapter.plan.stages import Stages, engine_stages
 from r3_adapter.sglang.engine import native_bytes
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.trace import ids_dtype
@@ -193,15 +192,6 @@ class CaptureBuffers(NamedTuple):
     device: int
     host_rank: int
     host: int
-
-
-def engine_stages(num_layers: int, pp: int) -> list[range]:
-    """Return the decoder layers of each pipeline stage of an engine; the last ones have the layers that are left over.
-
-    Source: sglang@0.5.20 srt/distributed/utils.py:get_pp_indices
-    """
-    starts = [stage * (num_layers // pp) + max(0, stage - pp + num_layers % pp) for stage in range(pp + 1)]
-    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def capture_buffers(facts: ModelFacts, engines: Engines, num_slots: int, *, patched: bool) -> CaptureBuffers:

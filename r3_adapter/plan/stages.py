@@ -1,6 +1,7 @@
 """Which decoder layers the chunks of a pipeline stage have."""
 
 import re
+from itertools import pairwise
 
 from r3_adapter.errors import LayoutError
 from r3_adapter.layout import ParallelLayout
@@ -55,6 +56,15 @@ def stages_of(text: str, num_layers: int, layout: ParallelLayout) -> Stages:
         chunks.append(tuple(range(at, at + stage.count("t"))))
         at += stage.count("t")
     return _by_stage(chunks, layout)
+
+
+def engine_stages(num_layers: int, pp: int) -> list[range]:
+    """Return the decoder layers of each pipeline stage of an engine; the last ones have the layers that are left over.
+
+    Source: sglang@0.5.20 srt/distributed/utils.py:get_pp_indices
+    """
+    starts = [stage * (num_layers // pp) + max(0, stage - pp + num_layers % pp) for stage in range(pp + 1)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def _by_stage(chunks: list[tuple[int, ...]], layout: ParallelLayout) -> Stages:

@@ -22,7 +22,7 @@ from r3_adapter.plan.checks import _BYPASSING, ENGINE_REFUSALS
 from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.plan import make_plan
 from r3_adapter.plan.request import Batch, Engines, Machines, PlanRequest
-from r3_adapter.plan.stages import even_stages, stages_of
+from r3_adapter.plan.stages import engine_stages, even_stages, stages_of
 from r3_adapter.repack import repack
 from r3_adapter.sglang.engine import native_bytes
 from r3_adapter.sglang.facts import ModelFacts
@@ -295,7 +295,7 @@ def test_stages_of_an_engine_are_sglangs():
     exec(compile(ast.Module([function], []), "utils.py", "exec"), names)
     for num_layers, pp in ((48, 1), (48, 4), (61, 4), (61, 8), (7, 7), (94, 5)):
         want = [range(*names["get_pp_indices"](num_layers, stage, pp)) for stage in range(pp)]
-        assert sizes.engine_stages(num_layers, pp) == want
+        assert engine_stages(num_layers, pp) == want
 
 
 def test_a_pool_fills_what_the_weights_leave():
