@@ -6,6 +6,7 @@ S: tokens of a sample; M: MoE layers; K: experts a token; E: experts of a layer;
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.numpy import save
 
 from r3_adapter import _core
 from r3_adapter.errors import TraceError
-from r3_adapter.trace import RoutingTrace, check_one_model, ids_dtype, read_tensors
+from r3_adapter.trace import RoutingTrace, check_one_model, ids_dtype, model_metadata, read_model
+from r3_adapter.wire import read_tensors
 
 FORMAT = "r3.routing_set/1"
 MAX_BYTES = 1 << 36
@@ -44,9 +46,9 @@ def decode(data: bytes | memoryview, *, place: str = "trace", max_bytes: int = M
 def encode_all(traces: Sequence[RoutingTrace]) -> bytes:
     """Return the wire form of traces of one model; prompts of a group and earlier turns are in it once.
 
-    It is safetensors with num_experts, topk and each trace's weight_versions and digest as metadata. Traces lie in it
-    in an order in which each shares as many first tokens with the one before it as with any: a token is shared if it,
-    its version's name and its experts are the same, and so are those before it.
+    It is safetensors with num_experts, topk, model and each trace's weight_versions and digest as metadata. Traces lie
+    in it in an order in which each shares as many first tokens with the one before it as with any: a token is shared if
+    it, its version's name and its experts are the same, and so are those before it.
 
         codes: [bytes] uint8; the ranks of all layers of the captured tokens that are not shared, bit after bit.
         token_ids, version_ids: [R] int32; of the tokens that are not shared, as in the trace.
@@ -84,6 +86,7 @@ def encode_all(traces: Sequence[RoutingTrace]) -> bytes:
         "topk": str(first.topk),
         "weight_versions": json.dumps([trace.weight_versions for trace in ordered]),
         "digests": json.dumps([trace.digest() for trace in ordered]),
+        **model_metadata(first.model),
     }
     return save(tensors, metadata)
 
@@ -115,6 +118,7 @@ class _Decoder:
         self.bits = _core.set_bits(self.num_experts, self.topk)
         self.tables = json.loads(metadata["weight_versions"])
         self.digests = json.loads(metadata["digests"])
+        self.model = read_model(metadata)
         self.num_tokens, self.num_shared = self.arrays["num_tokens"].tolist(), self.arrays["num_shared"].tolist()
         self._check(max_bytes)
 
@@ -161,7 +165,7 @@ class _Decoder:
             table = tuple(self.tables[number])
             if shared:
                 parts = _joined(traces[-1], shared, table, parts)
-            trace = RoutingTrace(*parts, self.arrays["layer_ids"], self.num_experts, table)
+            trace = RoutingTrace(*parts, self.arrays["layer_ids"], self.num_experts, table, self.model)
             if (found := trace.digest()) != self.digests[number]:
                 raise TraceError(f"digest {found} of trace {number} != {self.digests[number]!r}")
             traces.append(trace)
@@ -207,9 +211,7 @@ def _sorted_ids(trace: RoutingTrace) -> RoutingTrace:
     """Return the trace as it comes back: with the ids of each row sorted."""
     topk_ids = np.sort(trace.topk_ids, axis=2)
     topk_ids.flags.writeable = False
-    return RoutingTrace(
-        topk_ids, trace.token_ids, trace.version_ids, trace.layer_ids, trace.num_experts, trace.weight_versions
-    )
+    return replace(trace, topk_ids=topk_ids)
 
 
 def _num_code_bytes(version_ids: npt.NDArray[np.int32], num_layers: int, num_experts: int, topk: int) -> int:

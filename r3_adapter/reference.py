@@ -96,7 +96,9 @@ def repack(
             topk_ids[m, row] = ids[layer]
     segments = np.array([(sample, pos, 1, row, 1) for row, (sample, pos) in enumerate(tokens)], dtype=np.int64)
     layers = np.array(layer_ids, dtype=np.int32)
-    return RankRoutes(topk_ids, row_versions, tuple(table), layers, segments.reshape(-1, 5), num_experts)
+    return RankRoutes(
+        topk_ids, row_versions, tuple(table), layers, segments.reshape(-1, 5), num_experts, traces[0].model
+    )
 
 
 def count_experts(routes: RankRoutes) -> npt.NDArray[np.int64]:
@@ -150,7 +152,7 @@ def collect(
         topk_ids = np.zeros((len(tokens), len(layer_ids), shards[0].topk_ids.shape[2]), dtype=ids_dtype(num_experts))
         version_ids, names = _fill(topk_ids, sample, layer_ids, num_experts, routes, versions)
         layers = np.array(layer_ids, dtype=np.int32)
-        traces.append(RoutingTrace(topk_ids, tokens, version_ids, layers, num_experts, names))
+        traces.append(RoutingTrace(topk_ids, tokens, version_ids, layers, num_experts, names, shards[0].model))
     return traces
 
 

@@ -14,7 +14,17 @@ from r3_adapter import _core
 from r3_adapter.arena import Arena, aligned_empty
 from r3_adapter.errors import LayoutError, TraceError
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
-from r3_adapter.repack import LIVE, PADDING, RankRoutes, find_layers, local_dtype, rank_tokens, rename_versions, unite
+from r3_adapter.repack import (
+    LIVE,
+    PADDING,
+    RankRoutes,
+    find_layers,
+    local_dtype,
+    one_model,
+    rank_tokens,
+    rename_versions,
+    unite,
+)
 from r3_adapter.trace import ids_dtype
 
 
@@ -73,6 +83,7 @@ def relayout(
         layer_ids=layers,
         segments=segments,
         num_experts=num_experts,
+        model=one_model(shards),
     )
     _fill(routes, shards, [rename_versions(*pair) for pair in zip(shards, maps, strict=True)], tokens, chosen)
     _pad(routes, layout.ep)

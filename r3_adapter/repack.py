@@ -15,7 +15,7 @@ from r3_adapter import _core
 from r3_adapter.arena import Arena, aligned_empty
 from r3_adapter.errors import LayoutError, TraceError
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
-from r3_adapter.trace import RoutingTrace, ids_dtype
+from r3_adapter.trace import ModelId, RoutingTrace, ids_dtype
 
 LIVE = -1
 PADDING = -2
@@ -32,6 +32,7 @@ class RankRoutes:
     layer_ids: [M_local] int32; global decoder layer of each local MoE layer.
     segments: [N, 5] int64; which tokens lie at which rows, as `local_segments` gives them.
     num_experts: E.
+    model: of the traces that the routes are of; None where it is not known.
     """
 
     topk_ids: npt.NDArray[Any]
@@ -40,6 +41,7 @@ class RankRoutes:
     layer_ids: npt.NDArray[np.int32]
     segments: npt.NDArray[np.int64]
     num_experts: int
+    model: ModelId | None = None
     _counts: npt.NDArray[np.int64] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -127,6 +129,7 @@ def repack(
         layer_ids=local_layers,
         segments=segments,
         num_experts=num_experts,
+        model=traces[0].model,
     )
     counts = np.empty((len(local_layers), num_experts), dtype=np.int64) if count else None
     try:
@@ -180,7 +183,7 @@ def collect(
         raise LayoutError("no shards")
     layers = np.array([index(layer) for layer in layer_ids], dtype=np.int32)
     layer_indices = [find_layers(shard.layer_ids, layers)[1] for shard in shards]
-    topk = shards[0].topk_ids.shape[2]
+    topk, model = shards[0].topk_ids.shape[2], one_model(shards)
     versions, maps = unite([shard.weight_versions for shard in shards])
     row_versions = [rename_versions(shard, places) for shard, places in zip(shards, maps, strict=True)]
     topk_ids = [np.empty((len(ids), len(layers), topk), dtype=ids_dtype(num_experts)) for ids in token_ids]
@@ -203,10 +206,22 @@ def collect(
     for sample, (ids, tokens, rows) in enumerate(zip(topk_ids, token_ids, version_ids, strict=True)):
         used, names = _used_versions(rows, versions)
         try:
-            traces.append(RoutingTrace(ids, tokens, used, layers, num_experts, names))
+            traces.append(RoutingTrace(ids, tokens, used, layers, num_experts, names, model))
         except TraceError as error:
             raise TraceError(f"sample {sample}: {error}") from error
     return traces
+
+
+def one_model(shards: Sequence[RankRoutes]) -> ModelId | None:
+    """Return the model that all shards are of.
+
+    Raises:
+        TraceError: shards of several models.
+    """
+    for number, shard in enumerate(shards):
+        if shard.model != shards[0].model:
+            raise TraceError(f"model {shard.model} of shard {number} != {shards[0].model} of shard 0")
+    return shards[0].model
 
 
 def _check_traces(traces: Sequence[RoutingTrace], packing: Packing) -> None:
@@ -218,7 +233,7 @@ def _check_traces(traces: Sequence[RoutingTrace], packing: Packing) -> None:
             raise LayoutError(
                 f"trace of {trace.num_tokens} tokens > room ({packing.rooms[sample]}) of sample {sample} in the packing"
             )
-        for name in ("num_experts", "topk"):
+        for name in ("num_experts", "topk", "model"):
             if getattr(trace, name) != getattr(first, name):
                 raise TraceError(
                     f"{name} ({getattr(trace, name)}) of sample {sample} != {getattr(first, name)} of sample 0"

@@ -29,7 +29,7 @@ def merge_shards(shards: Sequence[RoutingTrace], *, layer_ids: Sequence[int]) ->
         raise TraceError("no shards to merge")
     first = shards[0]
     for number, shard in enumerate(shards):
-        for name in ("num_experts", "topk", "num_tokens"):
+        for name in ("num_experts", "topk", "num_tokens", "model"):
             if (have := getattr(shard, name)) != (want := getattr(first, name)):
                 raise TraceError(f"shard {number}: {name} ({have}) != {want} of shard 0")
         other = np.flatnonzero(shard.token_ids != first.token_ids)
@@ -52,6 +52,7 @@ def merge_shards(shards: Sequence[RoutingTrace], *, layer_ids: Sequence[int]) ->
         trace.layer_ids,
         trace.num_experts,
         trace.weight_versions,
+        trace.model,
     )
 
 
@@ -69,4 +70,5 @@ def _rows_of(shard: RoutingTrace) -> RankRoutes:
         layer_ids=shard.layer_ids,
         segments=np.ascontiguousarray(segments, dtype=np.int64),
         num_experts=shard.num_experts,
+        model=shard.model,
     )

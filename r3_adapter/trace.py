@@ -5,11 +5,10 @@ S: tokens of the sample; M: its MoE layers; K: experts a token; E: experts of a 
 
 import hashlib
 import json
-import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,10 @@ from safetensors.numpy import save
 
 from r3_adapter import _core
 from r3_adapter.errors import TraceError
+from r3_adapter.wire import check_checksum, read_tensors
 
 FORMAT = "r3.routing_trace/1"
 NOT_CAPTURED = -1
-_MAX_HEADER = 1 << 20
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
 _RANKS = {"topk_ids": 3, "token_ids": 1, "version_ids": 1, "layer_ids": 1}
 _PER_TOKEN = ("topk_ids", "token_ids", "version_ids")
 
@@ -37,6 +35,14 @@ def ids_dtype(num_experts: int) -> np.dtype[Any]:
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
+class ModelId(NamedTuple):
+    """What tells a checkpoint's model from others: decoder layers (without MTP), hidden size, ids of the vocabulary."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
     """The routes of one sample. Arrays are read-only, C-contiguous and checked when the trace is made.
@@ -48,6 +54,7 @@ class RoutingTrace:
     layer_ids: [M] int32; global decoder layer (from 0) of each MoE layer, increasing.
     num_experts: E.
     weight_versions: the engine's names of the weights that computed rows of this sample.
+    model: the model that computed them; None where the engine does not say. Layers and tokens are ones that it has.
 
     Raises:
         TraceError: arrays that do not fit together, an id out of range or twice in a row; names place and operands.
@@ -59,6 +66,7 @@ class RoutingTrace:
     layer_ids: npt.NDArray[np.int32]
     num_experts: int
     weight_versions: tuple[str, ...]
+    model: ModelId | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -71,6 +79,7 @@ class RoutingTrace:
             object.__setattr__(self, name, _as_frozen(name, getattr(self, name), dtype))
         _check_shapes(self)
         _check_values(self)
+        _check_model(self)
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +128,7 @@ class RoutingTrace:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutingTrace):
             return NotImplemented
-        same = (self.num_experts, self.weight_versions) == (other.num_experts, other.weight_versions)
+        same = all(getattr(self, name) == getattr(other, name) for name in ("num_experts", "weight_versions", "model"))
         return same and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _RANKS)
 
     __hash__ = None  # type: ignore[assignment]
@@ -128,7 +137,8 @@ class RoutingTrace:
         """Return the sha256 over everything that the trace says; computed once."""
         if "_digest" in self.__dict__:
             return str(self.__dict__["_digest"])
-        state = hashlib.sha256(json.dumps([FORMAT, self.num_experts, self.weight_versions]).encode())
+        model = [] if self.model is None else [self.model]
+        state = hashlib.sha256(json.dumps([FORMAT, self.num_experts, self.weight_versions, *model]).encode())
         for name in _RANKS:
             array = getattr(self, name)
             state.update(f"{name}{array.shape}{array.dtype.str}".encode())
@@ -137,28 +147,38 @@ class RoutingTrace:
         return self.digest()
 
     def to_bytes(self) -> bytes:
-        """Return the file and wire form: safetensors with num_experts, weight_versions and digest as metadata."""
+        """Return the file and wire form: safetensors; its metadata are num_experts, weight_versions, model, digest."""
         metadata = {
             "format": FORMAT,
             "num_experts": str(self.num_experts),
             "weight_versions": json.dumps(self.weight_versions),
             "digest": self.digest(),
+            **model_metadata(self.model),
         }
         return save({name: getattr(self, name) for name in _RANKS}, metadata)
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview, *, place: str = "trace") -> "RoutingTrace":
-        """Read the wire form without copying the arrays; an engine writes no digest, everybody else does.
+    def from_bytes(cls, data: bytes | memoryview, *, place: str = "trace", needs_check: bool = True) -> "RoutingTrace":
+        """Read the wire form without copying the arrays; an engine writes a checksum, everybody else a digest.
+
+        needs_check: whether one of both must be there.
 
         Raises:
-            TraceError: bytes that are no trace, or whose digest differs; names `place`.
+            TraceError: bytes that are no trace, or whose digest or checksum differs or is missing; names `place`.
         """
         arrays, metadata = read_tensors(data, place, FORMAT, _RANKS)
+        if "checksum" in metadata:
+            check_checksum(data, place)
+        elif needs_check and "digest" not in metadata:
+            raise TraceError(f"{place}: neither a checksum nor a digest in the header")
         try:
             versions = json.loads(metadata["weight_versions"])
+            model = read_model(metadata)
             if not (isinstance(versions, list) and all(isinstance(version, str) for version in versions)):
                 raise TraceError(f"weight_versions {metadata['weight_versions']!r} is not a list of strings")
-            trace = cls(num_experts=int(metadata["num_experts"]), weight_versions=tuple(versions), **arrays)
+            trace = cls(
+                num_experts=int(metadata["num_experts"]), weight_versions=tuple(versions), model=model, **arrays
+            )
         except (KeyError, ValueError, RecursionError) as error:
             raise TraceError(f"{place}: {error}") from error
         if "digest" in metadata and metadata["digest"] != (found := trace.digest()):
@@ -186,6 +206,7 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         layer_ids=first.layer_ids,
         num_experts=first.num_experts,
         weight_versions=tuple(names),
+        model=first.model,
     )
 
 
@@ -199,6 +220,27 @@ def check_one_model(traces: Sequence[RoutingTrace]) -> None:
     for number, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise TraceError(f"num_experts, topk and layer_ids {shape} of trace {number} != {shapes[0]} of trace 0")
+        if traces[number].model != traces[0].model:
+            raise TraceError(f"model {traces[number].model} of trace {number} != {traces[0].model} of trace 0")
+
+
+def model_metadata(model: ModelId | None) -> dict[str, str]:
+    """Return the entry of a wire form's metadata that names the model; none where it is not known."""
+    return {} if model is None else {"model": json.dumps(model._asdict())}
+
+
+def read_model(metadata: Mapping[str, str]) -> ModelId | None:
+    """Return the model that a wire form's metadata names; None where there is none.
+
+    Raises:
+        ValueError, RecursionError: an entry that is no model.
+    """
+    if "model" not in metadata:
+        return None
+    found = json.loads(metadata["model"])
+    if not isinstance(found, dict) or found.keys() != set(ModelId._fields):
+        raise TraceError(f"model {metadata['model'][:200]!r} does not have just {', '.join(ModelId._fields)}")
+    return ModelId(**found)
 
 
 def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -238,6 +280,22 @@ def _check_shapes(trace: RoutingTrace) -> None:
         raise TraceError(f"layer_ids {trace.layer_ids.tolist()} are not increasing from 0")
 
 
+def _check_model(trace: RoutingTrace) -> None:
+    model = trace.model
+    if model is None:
+        return
+    if not isinstance(model, ModelId):
+        raise TraceError(f"model {model!r} is not a ModelId")
+    for name, number in model._asdict().items():
+        if type(number) is not int or number < 1:
+            raise TraceError(f"model: {name} ({number!r}) is not a whole number from 1")
+    if trace.layer_ids[-1] >= model.num_layers:
+        raise TraceError(f"layer {trace.layer_ids[-1]} is none of the {model.num_layers} layers of the model")
+    bad = np.flatnonzero(trace.token_ids >= model.vocab_size)
+    if len(bad):
+        raise TraceError(f"token_ids[{bad[0]}] ({trace.token_ids[bad[0]]}) >= vocab_size ({model.vocab_size})")
+
+
 def _check_values(trace: RoutingTrace) -> None:
     versions = trace.weight_versions
     if not isinstance(versions, tuple) or not all(isinstance(version, str) for version in versions):
@@ -260,57 +318,3 @@ def _check_values(trace: RoutingTrace) -> None:
     if max(row) >= trace.num_experts:
         raise TraceError(f"{place} has an id >= num_experts ({trace.num_experts})")
     raise TraceError(f"{place} has {len(set(row))} distinct ids != topk ({len(row)})")
-
-
-def read_tensors(
-    data: bytes | memoryview, place: str, form: str, names: Collection[str]
-) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
-    """Split safetensors bytes of a format, with just these tensors, into views and metadata; they may be hostile.
-
-    Raises:
-        TraceError: bytes that are something else; names `place`.
-    """
-    buffer = memoryview(data).cast("B").toreadonly()
-    if len(buffer) < 8:
-        raise TraceError(f"{place}: {len(buffer)} bytes < 8 of a safetensors header")
-    (size,) = struct.unpack_from("<Q", buffer)
-    if size > min(_MAX_HEADER, len(buffer) - 8):
-        raise TraceError(f"{place}: header of {size} bytes > {min(_MAX_HEADER, len(buffer) - 8)}")
-    try:
-        header = json.loads(bytes(buffer[8 : 8 + size]))
-        metadata = header.pop("__metadata__")
-        if not all(isinstance(value, str) for value in metadata.values()) or metadata["format"] != form:
-            raise TraceError(f"{place}: format {metadata.get('format')!r} != {form!r}")
-        if header.keys() != set(names):
-            raise TraceError(f"{place}: tensors {sorted(header)} != {sorted(names)}")
-        body = buffer[8 + size :]
-        arrays = {name: _view(f"{place}: {name}", body, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, TraceError):
-            raise
-        raise TraceError(f"{place}: header cannot be read: {error!r}") from error
-    at = 0
-    for start, stop in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
-        if start != at:
-            raise TraceError(f"{place}: a tensor starts at {start} != {at}, where the one before it ends")
-        at = stop
-    if at != len(body):
-        raise TraceError(f"{place}: tensors of {at} bytes != {len(body)} bytes after the header")
-    return arrays, metadata
-
-
-def _view(place: str, body: memoryview, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
-    dtype = _DTYPES.get(entry["dtype"])
-    shape, (start, stop) = entry["shape"], entry["data_offsets"]
-    if dtype is None:
-        raise TraceError(f"{place}: dtype {entry['dtype']!r} is none of {sorted(_DTYPES)}")
-    numbers = [start, stop, *shape]
-    if not all(type(number) is int and 0 <= number <= len(body) for number in numbers):
-        raise TraceError(f"{place}: shape {shape}, offsets {start} to {stop} beyond the {len(body)} bytes of data")
-    size = dtype.itemsize
-    for number in shape:
-        size *= number
-    if stop - start != size:
-        raise TraceError(f"{place}: offsets {start} to {stop} != {size} bytes of shape {shape}")
-    view: npt.NDArray[Any] = np.frombuffer(body[start:stop], dtype=dtype).reshape(shape)
-    return view

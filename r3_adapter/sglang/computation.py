@@ -49,7 +49,7 @@ def read_computations(payload: bytes | memoryview, *, place: str = "payload") ->
     while at < len(buffer) or not found:
         where = f"{place}, computation {len(found)}" if found else place
         size, metadata = _measure(buffer[at:], where)
-        trace = RoutingTrace.from_bytes(buffer[at : at + size], place=where)
+        trace = RoutingTrace.from_bytes(buffer[at : at + size], place=where, needs_check=False)
         found.append(
             Computation(
                 trace,
@@ -88,6 +88,7 @@ def join_turns(first: Computation, second: Computation, *, place: str = "turn") 
         ("num_experts", other.num_experts, one.num_experts),
         ("topk", other.topk, one.topk),
         ("layer_ids", other.layer_ids.tolist(), one.layer_ids.tolist()),
+        ("model", other.model, one.model),
     ):
         if have != want:
             raise CaptureError(f"{place}: routes of {name} {have} != {want} of the turn before")
