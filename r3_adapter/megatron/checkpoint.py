@@ -12,6 +12,24 @@ from safetensors import safe_open
 
 from r3_adapter.errors import ReplayError
 
+_SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """Return what lies beside a checkpoint's weights, by name: config.json, the tokenizer's and generation's files.
+
+    Raises:
+        ReplayError: there is no config.json, or a file cannot be read.
+    """
+    try:
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(folder.iterdir())
+            if path.suffix in _SIDE_FILES and path.is_file() and not path.name.endswith(".index.json")
+        } | {"config.json": (folder / "config.json").read_bytes()}
+    except OSError as error:
+        raise ReplayError(f"{folder}: its files cannot be read: {error}") from error
+
 
 class Checkpoint:
     """A folder with config.json and safetensors files; a context manager that keeps the files open.

@@ -1,8 +1,7 @@
 """Write a Megatron model as a Hugging Face checkpoint, each rank its own part; what an engine's weight update reads."""
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,18 @@ from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.replay import unwrapped
 from r3_adapter.megatron.weights import place_of, source_of
 
+INDEX = "model.safetensors.index.json"
 
-def export_weights(chunks: Sequence[torch.nn.Module], base: Path, folder: Path) -> int:
+
+def export_weights(chunks: Sequence[torch.nn.Module], side_files: Mapping[str, bytes], folder: Path) -> int:
     """Write this rank's share of the weights into a folder, which is complete when all ranks have returned.
 
     Of ranks that hold the same parameter the first writes it; those that share it out send their parts to that one.
-    All ranks must call it. The folder gets the config of `base`, the checkpoint that the model was built from.
+    All ranks must call it. Rank 0 writes the index, and the files beside the weights.
 
     chunks: model chunks, wrapped or not.
+    side_files: config.json, tokenizer and so on, by name: those of the checkpoint that the model was built from, see
+        checkpoint.side_files. They are kept in memory, since that checkpoint may be gone by now.
 
     Returns:
         Bytes of the tensors that this rank has written.
@@ -28,21 +31,29 @@ def export_weights(chunks: Sequence[torch.nn.Module], base: Path, folder: Path) 
     Raises:
         ReplayError: a parameter that the table of weights does not know.
     """
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    rank = torch.distributed.get_rank()
+    config = json.loads(side_files["config.json"])
     tensors: dict[str, torch.Tensor] = {}
     for chunk in chunks:
         model = unwrapped(chunk)
         for name, parameter in model.named_parameters():
             tensors.update(_tensors_of(model, name, parameter.detach(), config))
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    everybody: list[tuple[list[str], int]] = [([], 0) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everybody, (list(tensors), num_bytes))
+    rank, writers = torch.distributed.get_rank(), [rank for rank, (names, _) in enumerate(everybody) if names]
+    files = {rank: f"model-{at:05d}-of-{len(writers):05d}.safetensors" for at, rank in enumerate(writers, start=1)}
     folder.mkdir(parents=True, exist_ok=True)
     if tensors:
-        path = folder / f"model-{rank:05d}.safetensors"
+        path = folder / files[rank]
         save_file(tensors, path.with_suffix(".part"), {"format": "pt"})
         path.with_suffix(".part").rename(path)
     if rank == 0:
-        shutil.copy(base / "config.json", folder / "config.json")
-    return sum(tensor.nbytes for tensor in tensors.values())
+        for name, data in side_files.items():
+            (folder / name).write_bytes(data)
+        places = {name: files[rank] for rank in writers for name in everybody[rank][0]}
+        index = {"metadata": {"total_size": sum(size for _, size in everybody)}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+    return num_bytes
 
 
 def _tensors_of(model: Any, name: str, data: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:

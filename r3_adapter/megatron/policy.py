@@ -19,6 +19,7 @@ from r3_adapter.arena import Arena
 from r3_adapter.errors import ReplayError
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import MicroBatch, packed_micro_batch
+from r3_adapter.megatron.checkpoint import side_files
 from r3_adapter.megatron.export import export_weights
 from r3_adapter.megatron.model import build_model, build_optimizer, initialize
 from r3_adapter.megatron.monitor import RouterMonitor, router_clock
@@ -66,8 +67,8 @@ class Figures:
     """What a rank found in a step; counts are of this rank's share, so that those of all ranks add up.
 
     gap: of old and rollout log-probabilities; None where another rank knows them.
-    kl_ref, nll: sums over the same tokens, of k3 to the reference and of the negative log-probability. loss: a sum over
-        the tokens trained on.
+    kl_ref, nll: sums over the same tokens, of k3 to the reference, if there is one, and of the negative
+        log-probability. loss: a sum over the tokens trained on.
     rows: replayed, live, padding, stale; on the first pipeline stage.
     agreement: ids of the routes, and how many of them live routers use, by layer; where counted.
     seconds: by stage. "replay" is what routers take longer than live ones, measured where agreement was counted last.
@@ -75,7 +76,7 @@ class Figures:
 
     gap: Gap | None = None
     loss: float = 0.0
-    kl_ref: float = 0.0
+    kl_ref: float | None = None
     num_clipped: int = 0
     num_trained: int = 0
     nll: float = 0.0
@@ -112,7 +113,8 @@ class PolicyTrainer:
         reference: Path | None = None,
         version: int = 0,
     ) -> None:
-        self.base, self.layout, self.rank, self.options, self.version = checkpoint, layout, rank, options, version
+        self.layout, self.rank, self.options, self.version = layout, rank, options, version
+        self._side_files = side_files(checkpoint)
         self.device = initialize(layout, rank, rendezvous)
         chunks = build_model(checkpoint, layout, options.trainer)
         self.chunks, self.optimizer = build_optimizer(
@@ -176,7 +178,7 @@ class PolicyTrainer:
 
     def export(self, folder: Path) -> int:
         """Write this rank's share of the weights, see export_weights; return its bytes."""
-        return export_weights(self.chunks, self.base, folder)
+        return export_weights(self.chunks, self._side_files, folder)
 
     def save(self, folder: Path) -> int:
         """Write the weights and this rank's optimizer into a folder, complete when all ranks have returned.
@@ -274,9 +276,8 @@ class PolicyTrainer:
             rollout = torch.cat([each.rollout for each in columns.values()]).cpu().numpy()
             if len(ours):
                 figures.gap, figures.nll = gap(ours, rollout), -float(ours.sum())
-            figures.kl_ref = sum(
-                float(k3(each.old, each.reference).sum()) for each in columns.values() if each.reference is not None
-            )
+            scored = [k3(each.old, each.reference) for each in columns.values() if each.reference is not None]
+            figures.kl_ref = sum(float(values.sum()) for values in scored) if scored else None
         return columns
 
     def _train(

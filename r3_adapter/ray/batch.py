@@ -69,6 +69,7 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
     rewards = np.array([reward for rollout in rollouts for reward in rollout.rewards])
     gap = merge_gaps([each.gap for each in figures if each.gap is not None])
     trained = sum(each.num_trained for each in figures)
+    scored = [each.kl_ref for each in figures if each.kl_ref is not None]
     agreement: dict[int, np.ndarray[Any, Any]] = {}
     for each in figures:
         for layer, counts in each.agreement.items():
@@ -87,7 +88,7 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
         "grad_norm": float(np.mean(figures[0].grad_norms)),
         # Of tokens that the policy sampled, an unbiased estimate of its entropy at temperature 1.
         "entropy": sum(each.nll for each in figures) / gap.tokens,
-        "kl_ref": sum(each.kl_ref for each in figures) / gap.tokens,
+        **({"kl_ref": sum(scored) / gap.tokens} if scored else {}),
         "k3": gap.k3,
         "f_1_2": gap.f_1_2,
         "f_2": gap.f_2,

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.ray.batch import items_of, metrics_of, share_out
+from r3_adapter.ray.faults import RankLost
 from r3_adapter.ray.pool import RolloutPool
 from r3_adapter.ray.rollout import Group, Rollout
 from r3_adapter.ray.trainer import TrainerGroup
@@ -74,10 +74,6 @@ def latest_step(folder: Path) -> int:
     return max((int(path.name) for path in (folder / "checkpoints").glob("[0-9]*")), default=0)
 
 
-class TrainerLost(Exception):
-    """A rank of the trainer died or hung; the run goes on from its last checkpoint."""
-
-
 class Loop:
     """A run. `observe` is told the step and what is about to happen, before it does: for tests and progress bars."""
 
@@ -101,8 +97,12 @@ class Loop:
         while True:
             try:
                 with RunLog(self.options.folder, dict(self.options.config), resume_at=resume_at) as log:
-                    return self._run(resume_at or 0, log)
-            except TrainerLost as lost:
+                    try:
+                        return self._run(resume_at or 0, log)
+                    except RankLost as lost:
+                        log.event(self._step, "trainer_restarted", str(lost))
+                        raise
+            except RankLost as lost:
                 resume_at = self._latest() or 0
                 restarts[resume_at] = restarts.get(resume_at, 0) + 1
                 if restarts[resume_at] > _RESTARTS:
@@ -114,19 +114,16 @@ class Loop:
         options, self._log, self._step, self.last_metrics = self.options, log, first, {}
         checkpoint = self._checkpoint(first) if first else options.checkpoint
         with ExitStack() as stack:
-            try:
-                self.trainers = TrainerGroup(
-                    options.layout,
-                    checkpoint,
-                    options.policy,
-                    reference=options.checkpoint if options.policy.objective.kl_coef else None,
-                    version=first,
-                    resume=first > 0,
-                    timeout=options.timeout,
-                    num_gpus=options.num_gpus_per_rank,
-                )
-            except ray.exceptions.RayError as error:
-                raise self._lost(error) from error
+            self.trainers = TrainerGroup(
+                options.layout,
+                checkpoint,
+                options.policy,
+                reference=options.checkpoint if options.policy.objective.kl_coef else None,
+                version=first,
+                resume=first > 0,
+                timeout=options.timeout,
+                num_gpus=options.num_gpus_per_rank,
+            )
             stack.callback(self.trainers.close)
             self.pool = RolloutPool(
                 replace(options.engine, model_path=str(checkpoint), weight_version=str(first)),
@@ -156,17 +153,12 @@ class Loop:
         self._observe(self, step, "rollout")
         rollouts = self.pool.collect(step)
         after_rollout = time.perf_counter()
-        try:
-            items, pulled = self._load(rollouts)
-            self._observe(self, step, "train")
-            figures = self.trainers.step(count_agreement=step % options.agreement_interval == 0)
-            after_train = time.perf_counter()
-            self._observe(self, step, "weights")
-            folder, num_bytes = self._write_weights(step + 1)
-        except R3Error:
-            raise
-        except ray.exceptions.RayError as error:
-            raise self._lost(error) from error
+        items, pulled = self._load(rollouts)
+        self._observe(self, step, "train")
+        figures = self.trainers.step(count_agreement=step % options.agreement_interval == 0)
+        after_train = time.perf_counter()
+        self._observe(self, step, "weights")
+        folder, num_bytes = self._write_weights(step + 1)
         self.pool.update_weights(folder, str(step + 1))
         self._prune(folder)
         metrics = metrics_of(rollouts, items, figures)
@@ -202,7 +194,7 @@ class Loop:
             self.pool.submit(self._step, [group for group in self._groups(self._step) if group.number in wrong])
             again = {rollout.number: rollout for rollout in self.pool.collect(self._step)}
             rollouts[:] = [again.get(rollout.number, rollout) for rollout in rollouts]
-        raise R3Error(f"step {self._step}: traces still wrong after {_RESTARTS + 1} attempts: {next(iter(problems))}")
+        raise R3Error(f"step {self._step}: traces still wrong after {_RESTARTS + 1} attempts: {why}")
 
     def _groups(self, step: int) -> Sequence[Group]:
         """Return the prompts of a step, the same whenever it is asked for."""
@@ -245,11 +237,6 @@ class Loop:
         """Return the step to go on at; None for a new run."""
         begun = (self.options.folder / "config.json").exists()
         return latest_step(self.options.folder) if begun else None
-
-    def _lost(self, error: Exception) -> TrainerLost:
-        why = str(error).strip().splitlines()[0][:300]
-        self._event("trainer_restarted", why)
-        return TrainerLost(why)
 
     def _event(self, kind: str, what: str) -> None:
         assert self._log is not None

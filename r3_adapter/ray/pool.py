@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from r3_adapter.errors import R3Error
+from r3_adapter.ray.faults import reason
 from r3_adapter.ray.rollout import Group, Rollout, RolloutActor
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.settings import EngineSettings
@@ -94,7 +95,7 @@ class RolloutPool:
             try:
                 ray.get(ref, timeout=self._timeout)
             except ray.exceptions.RayError as error:
-                self._on_event("weights_failed", f"engine {number}, weights {version}: {_short(error)}")
+                self._on_event("weights_failed", f"engine {number}, weights {version}: {reason(error)}")
                 self._restart(number, lives[number], "its weights could not be updated")
 
     def close(self) -> None:
@@ -115,9 +116,9 @@ class RolloutPool:
             why = rollout.lost
         except ray.exceptions.RayTaskError as error:
             # The request is at fault, not the engine.
-            why = _short(error)
+            why = reason(error)
         except ray.exceptions.RayError as error:
-            why = _short(error)
+            why = reason(error)
             self._restart(asked.engine, asked.life, why)
         if not why:
             self._done[asked.batch][asked.group.number] = rollout
@@ -145,16 +146,9 @@ class RolloutPool:
         try:
             ray.get(self.engines[number].ready.remote(), timeout=self._timeout)
         except ray.exceptions.RayError as error:
-            raise R3Error(f"engine {number} does not start within {self._timeout:g} s: {_short(error)}") from error
+            raise R3Error(f"engine {number} does not start within {self._timeout:g} s: {reason(error)}") from error
 
     def _new_engine(self) -> Any:
         options = {"num_cpus": 1, "num_gpus": self._num_gpus, "runtime_env": {"env_vars": cpu_environment()}}
         actor = RolloutActor.options(**options)  # type: ignore[attr-defined]
         return actor.remote(self._settings.to_json(), self._task, self._params, self._stages)
-
-
-def _short(error: Exception) -> str:
-    """Return the error in a line: Ray's messages have whole tracebacks in them."""
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[-1] if cause is not error else lines[0]}"[:300]

@@ -10,8 +10,10 @@ from typing import Any
 
 import ray
 
+from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import Figures, Item, PolicyOptions, PolicyTrainer
+from r3_adapter.ray.faults import RankLost, cause_of, reason
 from r3_adapter.ray.store import SampleRef, get_samples
 from r3_adapter.rollout import unrouted
 
@@ -120,8 +122,9 @@ class TrainerGroup:
     layers: the global MoE layers of each pipeline stage.
 
     Raises:
-        RayError: from every method, if a rank fails or does not answer within `timeout` seconds; then the group is of
+        RankLost: from every method, if a rank fails or does not answer within `timeout` seconds; then the group is of
             no use any more: the others may wait for the lost one. Close it.
+        R3Error: what a rank says of wrong input; the group is of no use then either.
     """
 
     def __init__(
@@ -154,7 +157,7 @@ class TrainerGroup:
                 resume,
             )
             found = self._ask("start", *arguments)
-        except ray.exceptions.RayError:
+        except R3Error:
             self.close()
             raise
         stage = layout.stage_size
@@ -210,13 +213,21 @@ class TrainerGroup:
         return self._all(wanted)
 
     def _all(self, wanted: Sequence["ray.ObjectRef[Any]"]) -> list[Any]:
-        """Wait for all; raise as soon as one fails, since the others may wait for it without end."""
+        """Wait for all, one for each rank; raise as soon as one fails, since the others may wait for it without end."""
         waiting, deadline = list(wanted), time.monotonic() + self._timeout
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            ray.get(ready)
             if not ready:
-                raise ray.exceptions.GetTimeoutError(f"{len(waiting)} ranks did not answer in {self._timeout:g} s")
+                late = ", ".join(str(wanted.index(ref)) for ref in waiting)
+                raise RankLost(f"rank {late}: no answer in {self._timeout:g} s")
+            for ref in ready:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    cause = cause_of(error)
+                    if isinstance(cause, R3Error):
+                        raise R3Error(str(cause)) from error
+                    raise RankLost(f"rank {wanted.index(ref)}: {reason(error)}") from error
         return list(ray.get(list(wanted)))
 
     def _rendezvous(self) -> str:

@@ -167,8 +167,8 @@ def main(argv: Sequence[str]) -> None:
     with cluster(object_store_bytes=STORE_BYTES):
         Loop(options_of(checkpoint, folder, num_rollouts=10), observe).run()
         assert not FAULTS, FAULTS
-        # Stopped, and gone on with.
-        Loop(options_of(checkpoint, folder, num_rollouts=12), observe).run()
+        # Stopped, and gone on with, past the checkpoint that it began from.
+        Loop(options_of(checkpoint, folder, num_rollouts=20), observe).run()
         # Two turns, several conversations from one prompt at once.
         params = {"temperature": 1.0, "max_new_tokens": 40, "stop_token_ids": [END]}
         turns = options_of(checkpoint, folder.with_name("turns"), num_rollouts=2, record=folder.with_name("kept"))

@@ -4,6 +4,7 @@ Exports the weights as they were read, makes a step on samples, exports again, a
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,6 +37,9 @@ def main(argv: Sequence[str]) -> None:
     if request["resume"]:
         trainer.load_optimizer(folder)
     trainer.export(out / "before")
+    if request["forget"] and rank == 0:
+        # A run deletes the checkpoint that it was begun from once there are newer ones.
+        shutil.rmtree(folder)
     samples = load_samples(Path(request["samples"]))
     items = [
         Item(sample, advantage=(-1.0) ** index * (1 + index / 8), weight=request["weights"][index])

@@ -44,7 +44,7 @@ def read(path: Path) -> Records:
 
 def test_a_run_goes_on_after_each_fault_and_trains_on_no_wrong_route(folder: Path) -> None:
     steps, events = read(folder / "faults" / "metrics.jsonl"), read(folder / "faults" / "events.jsonl")
-    assert [step["step"] for step in steps] == list(range(12))
+    assert [step["step"] for step in steps] == list(range(20))
     for step in steps:
         # float32, as in the proof; live routers are off by 1e-2 and more.
         assert step["max_abs"] < 1e-4, step
@@ -57,6 +57,9 @@ def test_a_run_goes_on_after_each_fault_and_trains_on_no_wrong_route(folder: Pat
     assert kinds["weights_failed"] == 1 and kinds["trainer_restarted"] == 1 and kinds["resumed"] == 2
     said = " ".join(event["what"] for event in events if event["kind"] == "trace_damaged")
     assert "digest" in said and "prompt" in said
+    (lost,) = [event for event in events if event["kind"] == "trainer_restarted"]
+    assert lost["step"] == 8 and lost["what"] == "rank 1: ActorDiedError: it was killed by `ray.kill`."
+    assert [step["step"] for step in steps if "kl_ref" in step] == [], "no reference was scored"
 
 
 def test_each_of_several_conversations_from_one_prompt_is_one_sample(folder: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.processes import run_together
@@ -38,6 +40,7 @@ def run(
     trainer: Mapping[str, Any] | None = None,
     num_steps: int = 1,
     resume: bool = False,
+    forget: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     # The trainer's weights are number 0; the engine that these samples come from has another name for them.
@@ -57,6 +60,7 @@ def run(
         "micro_batch_size": 2,
         "num_steps": num_steps,
         "resume": resume,
+        "forget": forget,
     }
     path = folder / "request.json"
     path.write_text(json.dumps(request), encoding="utf-8")
@@ -76,6 +80,23 @@ def tensors(folder: Path) -> Tensors:
         assert not found.keys() & arrays.keys(), "a tensor was written by two ranks"
         found |= arrays
     return found
+
+
+def transformers_nll(folder: Path, samples: Sequence[Sample]) -> float:
+    """Return the negative log-probability of all sampled tokens, as transformers computes it from a folder."""
+    files = {f"model-{at:05d}-of-00002.safetensors" for at in (1, 2)}
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert {path.name for path in folder.glob("*.safetensors")} == files == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(folder).values())
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    assert not any(info.values()), info
+    total = 0.0
+    for sample in samples:
+        tokens = torch.from_numpy(sample.trace.token_ids.astype(np.int64))
+        with torch.no_grad():
+            logprobs = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        total -= float(logprobs[-sample.num_response_tokens :][torch.from_numpy(sample.sampled)].sum())
+    return total
 
 
 def loss_of(ranks: Sequence[Mapping[str, Any]]) -> float:
@@ -137,6 +158,8 @@ def test_replaying_its_own_routes_changes_no_bit(checkpoint: Path, perturbed: li
         assert all(each["rows"]["replayed"] == 0 for each in ranks)
         assert max(each["gap"]["max_abs"] for each in ranks) > 1e-2, "live routers are far from the rollout"
         found[replay] = tensors(tmp_path / replay / "out" / "after 1")
+        nll = transformers_nll(tmp_path / replay / "out" / "before", perturbed[:4])
+        assert sum(each["nll"] for each in ranks) == pytest.approx(nll, rel=1e-5)
     assert all(np.array_equal(found["off"][name], found["r2"][name]) for name in found["off"])
 
 
@@ -150,8 +173,10 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_been(
         (tmp_path / name).mkdir()
     run(tmp_path / "whole", checkpoint, perturbed[:4], layout, num_steps=2, **options)
     saved = tmp_path / "whole" / "out" / "after 1"
-    run(tmp_path / "rest", saved, perturbed[:4], layout, resume=True, **options)
+    before, files = tensors(saved), sorted(path.name for path in saved.iterdir())
+    run(tmp_path / "rest", saved, perturbed[:4], layout, resume=True, forget=True, **options)
+    assert not saved.exists()
+    assert sorted(path.name for path in (tmp_path / "rest" / "out" / "after 1").iterdir()) == files
     want, found = tensors(tmp_path / "whole" / "out" / "after 2"), tensors(tmp_path / "rest" / "out" / "after 1")
     assert all(np.array_equal(want[name], found[name]) for name in want)
-    before = tensors(saved)
     assert any(not np.array_equal(want[name], before[name]) for name in want)
