@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from r3_adapter.errors import LayoutError
+from r3_adapter.errors import LayoutError, check_choice
+
+QkvFormat = Literal["sbhd", "thd"]
 
 
 class RankCoords(NamedTuple):
@@ -114,15 +116,14 @@ class Packing:
     rooms: the tokens of each sample, padding included.
 
     Raises:
-        LayoutError: no samples, a room below 0, or rooms that differ in "sbhd".
+        LayoutError: another format, no samples, a room below 0, or rooms that differ in "sbhd".
     """
 
-    qkv_format: Literal["sbhd", "thd"]
+    qkv_format: QkvFormat
     rooms: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.qkv_format not in ("sbhd", "thd"):
-            raise LayoutError(f"qkv_format {self.qkv_format!r} is neither 'sbhd' nor 'thd'")
+        check_choice("qkv_format", self.qkv_format, QkvFormat, LayoutError)
         if not self.rooms:
             raise LayoutError(f"a {self.qkv_format} micro-batch without samples")
         for sample, room in enumerate(self.rooms):

@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from r3_adapter.errors import R3Error
+from r3_adapter.errors import R3Error, check_choice
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import Scores, score
@@ -27,6 +27,7 @@ from r3_adapter.tiny import TinyModel, write_checkpoint
 from r3_adapter.trace import RoutingTrace
 
 PERTURBED_SHARE = 0.2
+Injection = Literal["shift-token", "swap-layers", "swap-samples"]
 SMALL_POOL = 640
 """KV slots that do not suffice for the 16 requests of a batch."""
 MAX_REPLAY = 1e-4
@@ -110,7 +111,7 @@ def prove(
     *,
     seed: int = 0,
     scene: Scene = Scene(),
-    injection: str | None = None,
+    injection: Injection | None = None,
     ticks: Sequence[Tick] = (lambda done, total: None,) * 2,
 ) -> Verdict:
     """Run the self-test on a tiny model: rollout in the patched SGLang, replay in the patched Megatron-core.
@@ -121,8 +122,10 @@ def prove(
     ticks: progress of the rollout and of the trainer.
 
     Raises:
-        R3Error: an engine that does not start or fails, or routes that it refuses.
+        R3Error: an engine that does not start or fails, routes that it refuses, or a damage that is not known.
     """
+    if injection is not None:
+        check_choice("injection", injection, Injection)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder, dtype="float32", seed=seed)
@@ -214,15 +217,16 @@ def _swap_samples(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
     return [_with_rows(traces[0], first), _with_rows(traces[1], second), *traces[2:]]
 
 
-INJECTIONS: Mapping[str, Callable[[Sequence[RoutingTrace]], list[RoutingTrace]]] = {
+INJECTIONS: Mapping[Injection, Callable[[Sequence[RoutingTrace]], list[RoutingTrace]]] = {
     "shift-token": _shift_token,
     "swap-layers": _swap_layers,
     "swap-samples": _swap_samples,
 }
 
 
-def damage(samples: Sequence[Sample], injection: str) -> list[Sample]:
+def damage(samples: Sequence[Sample], injection: Injection) -> list[Sample]:
     """Return samples whose traces are well-formed and wrong, in a way of INJECTIONS; the self-test must notice."""
+    check_choice("injection", injection, Injection)
     traces = INJECTIONS[injection]([sample.trace for sample in samples])
     return [replace(sample, trace=trace) for sample, trace in zip(samples, traces, strict=True)]
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from r3_adapter.errors import check_choice
+
 DType = Literal["float32", "bfloat16"]
 
 
@@ -25,7 +27,12 @@ class TinyModel:
 
 
 def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel | None = None) -> None:
-    """Write config.json and model.safetensors as Hugging Face has them; no tokenizer, prompts are token ids."""
+    """Write config.json and model.safetensors as Hugging Face has them; no tokenizer, prompts are token ids.
+
+    Raises:
+        R3Error: a dtype that is not known.
+    """
+    check_choice("dtype", dtype, DType)
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils import logging

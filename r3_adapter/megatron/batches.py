@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from r3_adapter.errors import LayoutError
-from r3_adapter.layout import Packing, ParallelLayout, local_segments
-from r3_adapter.megatron.request import QkvFormat
+from r3_adapter.errors import LayoutError, check_choice
+from r3_adapter.layout import Packing, ParallelLayout, QkvFormat, local_segments
 from r3_adapter.reference import tokens_of_cp_rank
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
@@ -74,8 +73,9 @@ def micro_batches(
     Padded batches all have one sequence length; packed ones have as many tokens as their samples need.
 
     Raises:
-        LayoutError: samples that cannot be shared out evenly.
+        LayoutError: samples that cannot be shared out evenly, or a format that is not known.
     """
+    check_choice("qkv_format", qkv_format, QkvFormat, LayoutError)
     coords = layout.coords(rank)
     if len(samples) % (size * layout.dp):
         raise LayoutError(f"{len(samples)} samples are not a multiple of micro-batch ({size}) x dp ({layout.dp})")

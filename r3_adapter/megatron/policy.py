@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from r3_adapter.arena import Arena
-from r3_adapter.errors import ReplayError
+from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import MicroBatch, packed_micro_batch
 from r3_adapter.megatron.checkpoint import side_files
@@ -41,6 +41,9 @@ class PolicyOptions:
     staleness: what becomes of rows of other weights than the trainer's; with "r3" only.
     num_steps: optimizer steps on a batch, each on an equal share of its micro-batches.
     cpu_offload: keep the optimizer's state on the host.
+
+    Raises:
+        ReplayError: a kind of replay or of staleness that is not known.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -51,6 +54,10 @@ class PolicyOptions:
     clip_grad: float = 1.0
     cpu_offload: bool = False
     trainer: TrainerOptions = field(default_factory=lambda: TrainerOptions(qkv_format="thd"))
+
+    def __post_init__(self) -> None:
+        check_choice("replay", self.replay, Replay, ReplayError)
+        check_choice("staleness", self.staleness, Staleness, ReplayError)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from r3_adapter.errors import ReplayError
+from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.batches import MicroBatch
 from r3_adapter.megatron.replay import ReplayBatch, Staleness, agreed, prepare
 from r3_adapter.rollout import Sample
@@ -85,6 +85,7 @@ def prepared(
     Raises:
         R3Error: On every rank, what the ranks that refuse have said; no pass has begun then.
     """
+    check_choice("staleness", staleness, Staleness, ReplayError)
 
     def run(*, data_iterator: Any, model: Any, num_microbatches: int, **arguments: Any) -> Any:
         chunks = list(model) if isinstance(model, list) else [model]

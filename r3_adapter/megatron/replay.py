@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from r3_adapter.arena import Arena
-from r3_adapter.errors import R3Error, ReplayError, TraceError
+from r3_adapter.errors import R3Error, ReplayError, TraceError, check_choice
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.checks import check_layout, check_router
 from r3_adapter.repack import LIVE, RankRoutes, repack
@@ -73,8 +73,10 @@ def prepare_step(
     Raises:
         R3Error: On every rank, what the ranks that refuse have said.
     """
-    return agreed(
-        lambda: [
+
+    def make() -> list[list[ReplayBatch]]:
+        check_choice("staleness", staleness, Staleness, ReplayError)
+        return [
             [
                 prepare(
                     chunk,
@@ -91,7 +93,8 @@ def prepare_step(
             ]
             for chunk in chunks
         ]
-    )
+
+    return agreed(make)
 
 
 def agreed(make: Callable[[], _Made]) -> _Made:
@@ -199,6 +202,7 @@ def prepare(
         R3Error: traces that are not this model's or these tokens', or a layout that cannot hold them; names sample and
             position, and both operands.
     """
+    check_choice("staleness", staleness, Staleness, ReplayError)
     layout = layout or current_layout()
     check_layout(layout)
     routers = dict(moe_routers(chunk))

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-QkvFormat = Literal["sbhd", "thd"]
+from r3_adapter.errors import ReplayError, check_choice
+from r3_adapter.layout import QkvFormat
+
 Recompute = Literal["none", "full", "moe"]
 Dispatcher = Literal["alltoall", "allgather"]
 
-PASSES = ("live", "replay", "train")
+Pass = Literal["live", "replay", "train"]
 """Forward with live routers; forward with routes replayed, as for old log-probabilities; a training step with them."""
+PASSES: tuple[Pass, ...] = get_args(Pass)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class TrainerOptions:
     distributed_optimizer: share the optimizer's state out over data-parallel ranks.
     pipeline_model_parallel_layout: Megatron's string that says which layers each stage and chunk has.
     megatron_arguments: more fields of TransformerConfig, which win over what the checkpoint and these options say.
+
+    Raises:
+        ReplayError: a dispatcher, a recomputation or a format that is not known.
     """
 
     dispatcher: Dispatcher = "alltoall"
@@ -30,6 +36,11 @@ class TrainerOptions:
     pipeline_model_parallel_layout: str | None = None
     megatron_arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_choice("dispatcher", self.dispatcher, Dispatcher, ReplayError)
+        check_choice("recompute", self.recompute, Recompute, ReplayError)
+        check_choice("qkv_format", self.qkv_format, QkvFormat, ReplayError)
+
 
 @dataclass(frozen=True)
 class ScoreRequest:
@@ -38,6 +49,9 @@ class ScoreRequest:
     checkpoint, samples, out: folders; rendezvous: a file that does not exist yet.
     layout, options: the arguments of ParallelLayout and of TrainerOptions.
     passes: some of PASSES, in order.
+
+    Raises:
+        ReplayError: a pass that is not known.
     """
 
     checkpoint: str
@@ -47,3 +61,7 @@ class ScoreRequest:
     layout: dict[str, int]
     options: dict[str, Any]
     passes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for each in self.passes:
+            check_choice("pass", each, Pass, ReplayError)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from r3_adapter.errors import LayoutError
+from r3_adapter.errors import LayoutError, check_choice
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import Figures
 from r3_adapter.metrics import merge_gaps
@@ -22,7 +22,11 @@ def items_of(rollouts: Sequence[Rollout], estimator: Estimator) -> list[ItemRef]
 
     GRPO takes the mean over all tokens of the batch; GSPO that over sequences, whose tokens then weigh the less the
     longer the sequence is, and one on average.
+
+    Raises:
+        R3Error: an estimator that is not known.
     """
+    check_choice("estimator", estimator, Estimator)
     refs = [ref for rollout in rollouts for ref in rollout.samples]
     advantages = {
         (rollout.number, index): float(advantage)

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from r3_adapter.errors import check_choice
+
 Estimator = Literal["grpo", "gspo"]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums [B] over the ranks that share a micro-batch's tokens out."""
@@ -23,6 +25,9 @@ class Objective:
     eps_clip, eps_clip_high: how far the ratio may go below and above 1.
     tis_clip: truncation of the importance weight trainer / rollout; None leaves it out.
     kl_coef: weight of the KL to the reference model; 0 leaves it out.
+
+    Raises:
+        R3Error: an estimator that is not known.
     """
 
     estimator: Estimator = "grpo"
@@ -30,6 +35,9 @@ class Objective:
     eps_clip_high: float = 0.2
     tis_clip: float | None = None
     kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("estimator", self.estimator, Estimator)
 
 
 @dataclass(frozen=True)

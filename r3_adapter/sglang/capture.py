@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from r3_adapter.errors import CaptureError, TraceError
+from r3_adapter.errors import CaptureError, TraceError, check_choice
 from r3_adapter.sglang.computation import Computation, read_computations
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
@@ -62,6 +62,7 @@ def computations_from_reply(
         CaptureError: No routes, or routes of other tokens or of another model.
         TraceError: The payload is malformed.
     """
+    check_choice("missing", missing, Policy, CaptureError)
     check_finished(reply, place, aborted=aborted)
     output_ids = reply.get("output_ids")
     if output_ids is None:
@@ -183,6 +184,7 @@ def check_finished(reply: Mapping[str, Any], place: str, *, aborted: Policy = "r
     Raises:
         CaptureError: It is one of these.
     """
+    check_choice("aborted", aborted, Policy, CaptureError)
     if "meta_info" not in reply:
         raise CaptureError(f"{place}: not a reply: {str(dict(reply))[:500]}")
     reason = reply["meta_info"].get("finish_reason")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from r3_adapter.errors import CaptureError, R3Error
+from r3_adapter.errors import CaptureError, R3Error, check_choice
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
 from r3_adapter.sglang.capture import (
@@ -194,6 +194,7 @@ class Engine:
             CaptureError: A reply without routes, or with those of other tokens or of another model.
             TraceError: Malformed routes.
         """
+        check_choice("recomputed", recomputed, Recomputed, CaptureError)
         replies = self.replies(prompts, sampling_params, **options)
         native = self.settings.routed_experts_format == "flat"
         return samples_of(replies, prompts, self.facts, native=native, recomputed=recomputed)
@@ -219,6 +220,7 @@ def samples_of(
         CaptureError: Another number of replies than of prompts, or one that does not belong to its prompt.
         TraceError: Malformed routes.
     """
+    check_choice("recomputed", recomputed, Recomputed, CaptureError)
     if len(replies) != len(prompts):
         raise CaptureError(f"{place}: {len(replies)} replies != {len(prompts)} prompts")
     samples = []
@@ -267,6 +269,7 @@ def rollout_in_subprocess(
     Raises:
         CaptureError: The engine failed or was late; the message has the end of its output.
     """
+    check_choice("recomputed", recomputed, Recomputed, CaptureError)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         request = {"settings": settings.to_json(), "recomputed": recomputed, "batch_size": batch_size}
@@ -308,6 +311,7 @@ def generate_over_http(
         CaptureError: The server refuses or cannot be reached, or a reply cannot be used.
         TraceError: Malformed routes.
     """
+    check_choice("recomputed", recomputed, Recomputed, CaptureError)
     body = {"return_logprob": True, "return_routed_experts": True, **_for_json(prompts, sampling_params)}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from r3_adapter.errors import CaptureError
+from r3_adapter.errors import CaptureError, check_choice
 from r3_adapter.sglang.perturb import Perturbation
 
 Format = Literal["safetensors", "flat"]
@@ -24,6 +24,9 @@ class EngineSettings:
     overlap: overlap scheduling; None for off without a GPU, where it gains nothing, and on with one.
     perturb: select random experts in some rows; for proofs.
     extra: more arguments of sglang.Engine, which win over these.
+
+    Raises:
+        CaptureError: a format that is not known.
     """
 
     model_path: str
@@ -42,6 +45,9 @@ class EngineSettings:
     perturb: Perturbation | None = None
     shared_memory: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("routed_experts_format", self.routed_experts_format, Format, CaptureError)
 
     def engine_arguments(self, *, gpu: bool) -> dict[str, Any]:
         """Return the keyword arguments of sglang.Engine."""

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.request import PASSES, QkvFormat, TrainerOptions
+from r3_adapter.layout import ParallelLayout, QkvFormat
+from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.prove import damage, judge
 from r3_adapter.rollout import Sample

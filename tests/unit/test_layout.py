@@ -99,7 +99,7 @@ def test_packings_that_cannot_be_are_refused():
         (lambda: Packing.packed(np.array([0, 4, 3])), r"room \(-1\) of sample 1 < 0"),
         (lambda: Packing.padded(2, -4), r"room \(-4\) of sample 0 < 0"),
         (lambda: Packing("sbhd", (4, 5)), r"room \(5\) of sample 1 != 4 of sample 0 in sbhd"),
-        (lambda: Packing("bshd", (4, 4)), "qkv_format 'bshd' is neither 'sbhd' nor 'thd'"),
+        (lambda: Packing("bshd", (4, 4)), "qkv_format 'bshd' is none of 'sbhd', 'thd'"),
     ]
     for make, message in cases:
         with pytest.raises(LayoutError, match=message):
