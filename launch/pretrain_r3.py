@@ -16,6 +16,7 @@ import torch
 from r3_adapter.arguments import add_r3_offline_arguments
 from r3_adapter.errors import R3Error
 from r3_adapter.megatron.pretraining import PreparedBatch, prepared
+from r3_adapter.megatron.temperature import scored_at
 from r3_adapter.rl.losses import k3
 from r3_adapter.rollout import Sample, sample_folders
 
@@ -152,7 +153,8 @@ def forward_step(
     if not isinstance(step, PreparedBatch):
         raise R3Error(f"the loop took its data past this script's preparation: {type(step).__name__} != PreparedBatch")
     batch = step.batch
-    output = model(batch.tokens, batch.positions, None, labels=batch.labels, **step.model_arguments)
+    with scored_at(model, batch):
+        output = model(batch.tokens, batch.positions, None, labels=batch.labels, **step.model_arguments)
     return output, partial(loss_func, step)
 
 

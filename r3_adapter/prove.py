@@ -28,6 +28,8 @@ from r3_adapter.trace import RoutingTrace
 
 PERTURBED_SHARE = 0.2
 Injection = Literal["shift-token", "swap-layers", "swap-samples"]
+TEMPERATURES = (1.0, 0.5, 1.7)
+"""Of one sample after the other: the trainer scores each at its own."""
 SMALL_POOL = 640
 """KV slots that do not suffice for the 16 requests of a batch."""
 MAX_REPLAY = 1e-4
@@ -149,6 +151,8 @@ def perturbed_rollout(
 ) -> list[Sample]:
     """Generate from random prompts of 4 to 40 tokens, 32 to 96 tokens each, with a share of the rows perturbed.
 
+    Samples are of different temperatures, so that no trainer passes that scores all at one.
+
     Raises:
         R3Error: the engine fails; or nothing was retracted, though the scene is about it.
     """
@@ -157,7 +161,10 @@ def perturbed_rollout(
     prompts = [rng.integers(3, vocab, rng.integers(4, 41)).tolist() for _ in range(num_samples)]
     # Where requests are to be retracted all of them must ask for more than they were admitted for.
     lengths = [128] * num_samples if scene.retract else rng.integers(32, 97, num_samples).tolist()
-    params: Any = [{"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True} for length in lengths]
+    params: Any = [
+        {"temperature": TEMPERATURES[index % 3], "max_new_tokens": length, "ignore_eos": True}
+        for index, length in enumerate(lengths)
+    ]
     prompts = [prompts[index // scene.group] for index in range(num_samples)]
     follow_ups = []
     if scene.turns > 1:

@@ -4,6 +4,7 @@ R: response tokens of a sample.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,10 @@ class Sample:
     sampled: [R] bool; whether the policy sampled the token. A tool's answer between two turns was not, and is not
         trained on. Default: all were.
     payload_bytes: size of the routes as they left the engine, before base64; 0 where not known.
+    temperature: of the distribution that `logprobs` are of; the trainer scores the sample at it.
 
     Raises:
-        TraceError: lengths that do not fit together.
+        TraceError: lengths that do not fit together, or a temperature that is not positive and finite.
     """
 
     trace: RoutingTrace
@@ -42,6 +44,7 @@ class Sample:
     logprobs: npt.NDArray[np.float32]
     payload_bytes: int = 0
     sampled: npt.NDArray[np.bool_] = None  # type: ignore[assignment]
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sampled is None:
@@ -53,6 +56,8 @@ class Sample:
             raise TraceError(
                 f"prompt ({self.num_prompt_tokens}) + response ({len(self.logprobs)}) tokens != {self.trace.num_tokens}"
             )
+        if type(self.temperature) not in (int, float) or not 0 < self.temperature < math.inf:
+            raise TraceError(f"temperature {self.temperature!r} is not a positive, finite number")
 
     @property
     def num_response_tokens(self) -> int:
@@ -89,7 +94,12 @@ def save_samples(folder: Path, samples: Sequence[Sample], *, coded: bool = False
     logprobs = np.concatenate([np.zeros(0, np.float32), *(sample.logprobs for sample in samples)])
     sampled = np.concatenate([np.zeros(0, np.bool_), *(sample.sampled for sample in samples)])
     numbers = [[sample.num_prompt_tokens, sample.num_response_tokens, sample.payload_bytes] for sample in samples]
-    metadata = {"samples": json.dumps(numbers), "coded": json.dumps(coded)}
+    temperatures = [sample.temperature for sample in samples]
+    metadata = {
+        "samples": json.dumps(numbers),
+        "coded": json.dumps(coded),
+        "temperatures": json.dumps(temperatures),
+    }
     save_file({"logprobs": logprobs, "sampled": sampled}, folder / _REST, metadata)
 
 
@@ -119,12 +129,18 @@ class SampleFolder(Sequence[Sample]):
             with safe_open(path, framework="np") as file:
                 self._numbers: list[list[int]] = json.loads(file.metadata()["samples"])
                 self._coded = bool(json.loads(file.metadata().get("coded", "false")))
+                # Folders of before it was kept are of temperature 1, the only one that was scored rightly.
+                self._temperatures: list[float] = json.loads(
+                    file.metadata().get("temperatures", json.dumps([1.0] * len(self._numbers)))
+                )
             total = len(self._arrays["logprobs"])
             self._starts = np.cumsum([0, *(num_response_tokens for _, num_response_tokens, _ in self._numbers)])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise TraceError(f"{folder}: samples cannot be read: {error}") from error
         if self._starts[-1] != total or len(self._arrays["sampled"]) != total:
             raise TraceError(f"{path}: {total} log-probabilities != {self._starts[-1]} response tokens")
+        if type(self._temperatures) is not list or len(self._temperatures) != len(self._numbers):
+            raise TraceError(f"{path}: temperatures {self._temperatures!r} are not those of {len(self)} samples")
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -145,7 +161,7 @@ class SampleFolder(Sequence[Sample]):
             raise TraceError(f"{self.folder}: samples cannot be read: {error}") from error
         here = slice(self._starts[index % len(self)], self._starts[index % len(self)] + num_response_tokens)
         logprobs, sampled = self._arrays["logprobs"][here], self._arrays["sampled"][here]
-        return Sample(trace, num_prompt_tokens, logprobs, payload_bytes, sampled)
+        return Sample(trace, num_prompt_tokens, logprobs, payload_bytes, sampled, self._temperatures[index])
 
 
 def sample_folders(paths: Sequence[Path]) -> list[SampleFolder]:

@@ -28,6 +28,7 @@ class MicroBatch:
     traces: of the tokens that are fed, which are all but the last of each sample.
     tokens, labels, positions: [b, s / cp] or [1, t / cp] int64; labels are each position's next token.
     loss_mask: the same shape, float32; 1 where the label is a token that the policy sampled.
+    temperatures: the same shape, float32; of the distribution that each token's label is scored in. None: all are 1.
     places: the same shape, two numbers in the last dimension: sample (of the whole batch) and position of each token.
     """
 
@@ -37,6 +38,7 @@ class MicroBatch:
     labels: torch.Tensor
     positions: torch.Tensor
     loss_mask: torch.Tensor
+    temperatures: torch.Tensor | None
     places: np.ndarray[Any, Any]
 
     def packed_seq_params(self) -> Any:
@@ -148,6 +150,8 @@ def _build(
         learnt[start + sample.num_prompt_tokens : stop] = sample.sampled
     at = starts[places[..., 0]] + places[..., 1]
     fed = places[..., 1] < np.array([sample.trace.num_tokens - 1 for sample in mine])[places[..., 0]]
+    temperatures = np.array([sample.temperature for sample in mine], np.float32)
+    tempered = torch.from_numpy(temperatures[places[..., 0]]).to(device) if np.any(temperatures != 1) else None
     places = places + np.array([chosen.start, 0])
     return MicroBatch(
         traces=[sample.trace.rows(0, sample.trace.num_tokens - 1) for sample in mine],
@@ -156,6 +160,7 @@ def _build(
         labels=torch.from_numpy(ids[at + 1]).to(device),
         positions=torch.from_numpy(places[..., 1].copy()).to(device),
         loss_mask=torch.from_numpy(learnt[at + 1].astype(np.float32)).to(device),
+        temperatures=tempered,
         places=places,
     )
 

@@ -7,6 +7,7 @@ import torch
 
 from r3_adapter.megatron.batches import MicroBatch
 from r3_adapter.megatron.replay import ReplayBatch
+from r3_adapter.megatron.temperature import scored_at
 
 Routes = Sequence[Sequence[ReplayBatch]]
 """By model chunk and micro-batch, as prepare_step returns them."""
@@ -76,14 +77,15 @@ def _run(
             expect(replay)
             if not live:
                 arguments["routed_experts"] = replay.routed_experts
-        output = model(
-            batch.tokens,
-            batch.positions,
-            None,
-            labels=batch.labels,
-            packed_seq_params=batch.packed_seq_params(),
-            **arguments,
-        )
+        with scored_at(model, batch):
+            output = model(
+                batch.tokens,
+                batch.positions,
+                None,
+                labels=batch.labels,
+                packed_seq_params=batch.packed_seq_params(),
+                **arguments,
+            )
 
         def loss(losses: torch.Tensor, non_loss_data: bool = False) -> Any:
             keep(batch, losses)

@@ -90,7 +90,7 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
         "loss": sum(each.loss for each in figures) / trained,
         "clip_fraction": sum(each.num_clipped for each in figures) / trained,
         "grad_norm": float(np.mean(figures[0].grad_norms)),
-        # Of tokens that the policy sampled, an unbiased estimate of its entropy at temperature 1.
+        # Of tokens that the policy sampled, an unbiased estimate of its entropy at the rollout's temperature.
         "entropy": sum(each.nll for each in figures) / gap.tokens,
         **({"kl_ref": sum(scored) / gap.tokens} if scored else {}),
         "k3": gap.k3,

@@ -17,6 +17,7 @@ from r3_adapter.rl.tasks import Task, task_named
 from r3_adapter.rollout import Sample, save_samples
 from r3_adapter.sglang.conversation import Conversation
 from r3_adapter.sglang.engine import Engine
+from r3_adapter.sglang.sampling import scored_temperature
 from r3_adapter.sglang.settings import EngineSettings
 
 _LINGER = 0.05
@@ -130,7 +131,8 @@ class RolloutActor:
 
     async def _converse(self, group: Group, index: int, result: Rollout) -> tuple[list[Sample], float]:
         task, prompt = self._task, group.prompt
-        talk = Conversation(prompt, self._engine.facts, place=f"prompt {group.number}, sample {index}")
+        place = f"prompt {group.number}, sample {index}"
+        talk = Conversation(prompt, self._engine.facts, place=place, temperature=scored_temperature(self._params))
         name = f"{group.number}.{index}" if task.max_turns > 1 else ""
         for turn in range(task.max_turns):
             before, version = len(talk.tokens), self._engine.weight_version

@@ -29,6 +29,7 @@ class SampleRef:
     objects: one for each pipeline stage; start: place of the sample's first token in each.
     digests: of the sample's rows in each.
     num_bytes: of its routes, of all stages.
+    temperature: as in Sample.
     """
 
     group: int
@@ -41,6 +42,7 @@ class SampleRef:
     start: int
     digests: tuple[str, ...]
     num_bytes: int
+    temperature: float = 1.0
 
     @property
     def name(self) -> str:
@@ -103,6 +105,7 @@ def _put(batch: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[Sampl
             start=start,
             digests=tuple(trace.rows(start, stop).digest() for trace in traces),
             num_bytes=(stop - start) * row_bytes,
+            temperature=each.sample.temperature,
         )
         for each, (start, stop) in zip(batch, pairwise(starts), strict=True)
     ]
@@ -142,7 +145,8 @@ def _sample(ref: SampleRef, rows: RoutingTrace | R3Error, found: Any, digest: st
     if trace.digest() != digest:
         raise TraceError(f"digest {trace.digest()} != {digest} of the sample that was rolled out")
     response = slice(ref.start + ref.num_prompt_tokens, ref.start + ref.num_tokens)
-    return Sample(trace, ref.num_prompt_tokens, found["logprobs"][response], 0, found["sampled"][response])
+    logprobs, sampled = found["logprobs"][response], found["sampled"][response]
+    return Sample(trace, ref.num_prompt_tokens, logprobs, 0, sampled, ref.temperature)
 
 
 def _get_all(wanted: Collection["ray.ObjectRef[Any]"], timeout: float) -> dict["ray.ObjectRef[Any]", Any]:

@@ -10,6 +10,7 @@ from r3_adapter.rollout import Sample
 from r3_adapter.sglang.capture import computations_from_reply, logprobs_of, payload_of
 from r3_adapter.sglang.computation import Computation, join_turns
 from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.sampling import scored_temperature
 
 
 class Conversation:
@@ -17,12 +18,20 @@ class Conversation:
 
     tokens: all of it; the next request's input_ids.
     start: the position from which the next request wants routes: the first token that has none.
+    temperature: of the distribution that the policy's tokens are scored in; one for all turns.
     """
 
-    def __init__(self, prompt: Sequence[int], facts: ModelFacts, *, place: str = "conversation") -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        facts: ModelFacts,
+        *,
+        place: str = "conversation",
+        temperature: float = 1.0,
+    ) -> None:
         self.tokens = list(prompt)
         self.start = 0
-        self._facts, self._place = facts, place
+        self._facts, self._place, self._temperature = facts, place, temperature
         # Turns that were computed upon each other, with what the engine said of the last one; mostly there is one run.
         self._runs: list[tuple[Computation, list[Sample]]] = []
         self._num_turns = 0
@@ -45,7 +54,13 @@ class Conversation:
             computation = join_turns(before, computation, place=where)
             self._runs.pop()
         turns.append(
-            Sample(computation.trace, len(self.tokens), logprobs_of(reply, where), len(payload_of(reply, where)))
+            Sample(
+                computation.trace,
+                len(self.tokens),
+                logprobs_of(reply, where),
+                len(payload_of(reply, where)),
+                temperature=self._temperature,
+            )
         )
         self._runs.append((computation, turns))
         self._num_turns += 1
@@ -73,7 +88,8 @@ def _one_sample(turns: Sequence[Sample]) -> Sample:
     for turn in turns:
         at = slice(turn.num_prompt_tokens - first, turn.num_prompt_tokens - first + len(turn.logprobs))
         logprobs[at], sampled[at] = turn.logprobs, True
-    return Sample(last.trace, first, logprobs, sum(turn.payload_bytes for turn in turns), sampled)
+    size = sum(turn.payload_bytes for turn in turns)
+    return Sample(last.trace, first, logprobs, size, sampled, last.temperature)
 
 
 class Asks(Protocol):
@@ -103,7 +119,8 @@ def converse(
     Raises:
         CaptureError, TraceError: as Conversation.take.
     """
-    samples, conversation = list[Sample](), Conversation(prompt, engine.facts, place=place)
+    temperature = scored_temperature(sampling_params)
+    samples, conversation = list[Sample](), Conversation(prompt, engine.facts, place=place, temperature=temperature)
     for follow_up in [*follow_ups, None]:
         (reply,) = engine.replies([conversation.tokens], sampling_params, start=conversation.start)
         samples.append(conversation.take(reply))

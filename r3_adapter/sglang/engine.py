@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ from r3_adapter.sglang.cpu import cpu_environment, enable_cpu, has_gpu
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import VARIABLE
 from r3_adapter.sglang.plugin import check_installed
+from r3_adapter.sglang.sampling import check_engine, checked_all, checked_params, scored_temperature
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import MEMORY, fetch_payload
 
@@ -46,7 +47,8 @@ class Engine:
     """SGLang in this process; a context manager. Its schedulers are processes of their own.
 
     Raises:
-        CaptureError: `model_path` has no configuration, or SGLang does not start.
+        CaptureError: `model_path` has no configuration, SGLang does not start, or it is told to return
+            log-probabilities that a trainer could not follow.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -62,6 +64,7 @@ class Engine:
         enable_cpu()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         arguments = self.settings.engine_arguments(gpu=gpu)
+        check_engine(arguments)
         variables = {} if self.settings.perturb is None else {VARIABLE: str(self.settings.perturb)}
         with ExitStack() as stack, _environment(variables):
             from sglang.srt.entrypoints.engine import Engine as SGLang
@@ -97,11 +100,14 @@ class Engine:
         sampling_params: SGLang's, for all prompts or one for each.
         routes: ask for the routes.
         start: of the tokens from this position on.
+
+        Raises:
+            CaptureError: A sampling parameter that changes what tokens are scored in, see checked_params.
         """
-        replies: list[dict[str, Any]] = []
+        checked, replies = checked_all(sampling_params, len(prompts)), list[dict[str, Any]]()
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
-            params = sampling_params if isinstance(sampling_params, Mapping) else list(sampling_params)[batch]
+            params = checked if isinstance(checked, dict) else checked[batch]
             found = self._engine.generate(
                 input_ids=[list(prompt) for prompt in prompts[batch]],
                 sampling_params=params,
@@ -124,10 +130,13 @@ class Engine:
             each compute it, and only one of them is cached for all: a later turn of the others would lose its rows.
 
         All coroutines of an engine must run in one event loop, and `replies` in none.
+
+        Raises:
+            CaptureError: As `replies`.
         """
         found = await self._engine.async_generate(
             input_ids=list(tokens),
-            sampling_params=dict(sampling_params),
+            sampling_params=checked_params(sampling_params),
             return_logprob=True,
             return_routed_experts=True,
             routed_experts_start_len=start,
@@ -142,8 +151,14 @@ class Engine:
         the vocabulary, which SGLang takes for a placeholder and scores as token 0.
 
         Raises:
-            CaptureError: The engine scored other tokens.
+            CaptureError: The engine scored other tokens; or a sample of another temperature than 1, at which alone
+                SGLang scores prompts.
         """
+        for index, sample in enumerate(samples):
+            if sample.temperature != 1:
+                raise CaptureError(
+                    f"sample {index}: temperature {sample.temperature} != 1, at which prompts are scored"
+                )
         replies = self._engine.generate(
             input_ids=[sample.trace.token_ids.tolist() for sample in samples],
             sampling_params={"max_new_tokens": 0},
@@ -197,7 +212,9 @@ class Engine:
         check_choice("recomputed", recomputed, Recomputed, CaptureError)
         replies = self.replies(prompts, sampling_params, **options)
         native = self.settings.routed_experts_format == "flat"
-        return samples_of(replies, prompts, self.facts, native=native, recomputed=recomputed)
+        return samples_of(
+            replies, prompts, self.facts, native=native, recomputed=recomputed, sampling_params=sampling_params
+        )
 
 
 def samples_of(
@@ -208,10 +225,12 @@ def samples_of(
     native: bool = False,
     place: str = "request",
     recomputed: Recomputed = "raise",
+    sampling_params: SamplingParams = MappingProxyType({}),
 ) -> list[Sample]:
     """Make samples of replies, in the order of their prompts.
 
     native: the routes are in SGLang's own form.
+    sampling_params: that the replies were asked with, for all prompts or one for each; samples keep the temperature.
     recomputed: what a request becomes that was retracted, so that its later tokens were sampled under other routes
         than its earlier ones. "raise": an error. "split": a sample for each of its computations, one after the other;
         the prompt of a later one is all that was sampled before it.
@@ -221,6 +240,10 @@ def samples_of(
         TraceError: Malformed routes.
     """
     check_choice("recomputed", recomputed, Recomputed, CaptureError)
+    checked = checked_all(sampling_params, len(prompts), place=f"{place}, sampling parameters")
+    temperatures = [
+        scored_temperature(checked if isinstance(checked, dict) else checked[at]) for at in range(len(prompts))
+    ]
     if len(replies) != len(prompts):
         raise CaptureError(f"{place}: {len(replies)} replies != {len(prompts)} prompts")
     samples = []
@@ -229,7 +252,7 @@ def samples_of(
         size, logprobs = len(payload_of(reply, where)), logprobs_of(reply, where)
         if native:
             trace = trace_from_native_reply(reply, prompt, facts, place=where)
-            samples.append(Sample(trace, len(prompt), logprobs, size))
+            samples.append(Sample(trace, len(prompt), logprobs, size, temperature=temperatures[index]))
             continue
         found = computations_from_reply(reply, prompt, facts=facts, place=where)
         if recomputed == "raise" and len(found) > 1:
@@ -237,7 +260,8 @@ def samples_of(
         for computation in found:
             start = computation.sampled_start or len(prompt)
             part = logprobs[start - len(prompt) : computation.stop - len(prompt)]
-            samples.append(Sample(computation.trace, start, part, size if computation is found[0] else 0))
+            size = size if computation is found[0] else 0
+            samples.append(Sample(computation.trace, start, part, size, temperature=temperatures[index]))
     return samples
 
 
@@ -325,11 +349,13 @@ def generate_over_http(
     place = f"{url} request"
     if shared_memory is not None:
         replies = [fetch_payload(reply, shared_memory, f"{place} {at}") for at, reply in enumerate(replies)]
-    return samples_of(replies, prompts, facts, native=native, place=place, recomputed=recomputed)
+    return samples_of(
+        replies, prompts, facts, native=native, place=place, recomputed=recomputed, sampling_params=sampling_params
+    )
 
 
 def _for_json(prompts: Prompts, sampling_params: SamplingParams) -> dict[str, Any]:
-    params = sampling_params if isinstance(sampling_params, Mapping) else list(sampling_params)
+    params = checked_all(sampling_params, len(prompts))
     return {"input_ids": [list(prompt) for prompt in prompts], "sampling_params": params}
 
 

@@ -45,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
             return 0
         native = settings.routed_experts_format == "flat"
         recomputed = request.get("recomputed", "raise")
-        samples = samples_of(replies, prompts, engine.facts, native=native, recomputed=recomputed)
+        params = request["sampling_params"]
+        samples = samples_of(
+            replies, prompts, engine.facts, native=native, recomputed=recomputed, sampling_params=params
+        )
     save_samples(folder, samples)
     return 0
 

@@ -18,6 +18,7 @@ from r3_adapter.errors import CaptureError, R3Error, TraceError
 from r3_adapter.sglang.capture import decode_native, trace_from_native_reply, trace_from_reply
 from r3_adapter.sglang.engine import generate_over_http, native_bytes, samples_of
 from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.sampling import checked_params
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace
 
 PROMPT, OUTPUT = [11, 12, 13], [21, 22]
@@ -247,7 +248,7 @@ def test_samples_of_a_running_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path == "/generate"
     assert body == {
         "input_ids": [PROMPT],
-        "sampling_params": params,
+        "sampling_params": checked_params(params),
         "return_logprob": True,
         "return_routed_experts": True,
     }
