@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -18,6 +19,7 @@ from r3_adapter.errors import CaptureError
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, save_samples
 from r3_adapter.series import load_series, write_upstream_tests
+from r3_adapter.sglang.capture import payload_of
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess, samples_of
 from r3_adapter.sglang.facts import ModelFacts
@@ -160,6 +162,17 @@ def test_routes_are_those_of_the_native_payload_and_bound_to_the_tokens(
     lengths = [sample.num_response_tokens for sample in compact]
     assert lengths[:3] == [16, 32, 8]
     assert 1 < lengths[3] < 64
+
+
+def test_a_payload_names_its_model_and_has_a_checksum(replies: dict[str, Any]) -> None:
+    for reply in replies["safetensors"]:
+        payload = bytes(payload_of(reply, "reply"))
+        size = int.from_bytes(payload[:8], "little")
+        metadata = json.loads(payload[8 : 8 + size])["__metadata__"]
+        assert json.loads(metadata["model"]) == {"num_layers": 4, "hidden_size": 64, "vocab_size": 512}
+        field = f'"checksum":"{metadata["checksum"]}"'.encode()
+        zeros = payload[: 8 + size].replace(field, b'"checksum":"00000000"') + payload[8 + size :]
+        assert f"{zlib.crc32(zeros):08x}" == metadata["checksum"]
 
 
 def test_routes_are_those_of_a_reference_model(replies: dict[str, Any], facts: ModelFacts, checkpoint: Path) -> None:
