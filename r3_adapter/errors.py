@@ -1,6 +1,11 @@
 """The errors that wrong input raises. Each message names the place and both operands."""
 
+from operator import index
+from reprlib import Repr
 from typing import Any, get_args
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 class R3Error(ValueError):
@@ -38,3 +43,28 @@ def check_choice(name: str, value: object, choices: Any, error: type[R3Error] = 
     known = get_args(choices)
     if not isinstance(value, str) or value not in known:
         raise error(f"{name} {value!r} is none of {', '.join(map(repr, known))}")
+
+
+def check_whole(name: str, value: object, least: int | None = None, *, error: type[R3Error] = R3Error) -> int:
+    """Return a whole number of any integer type as int; True, 2.0 and "2" are none.
+
+    Raises:
+        R3Error: Of the given type; names the value.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise error(f"{name} ({show(value)}) is not a whole number") from None
+    if least is not None and number < least:
+        raise error(f"{name} ({show(number)}) < {least}")
+    return number
+
+
+def show(value: object) -> str:
+    """Return what a value from outside is, short and in ASCII, however large or deep it is."""
+    try:
+        return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} that is too large to show"

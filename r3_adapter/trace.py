@@ -6,17 +6,16 @@ S: tokens of the sample; M: its MoE layers; K: experts a token; E: experts of a 
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from operator import index
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save
 
 from r3_adapter import _core
-from r3_adapter.errors import TraceError
-from r3_adapter.wire import check_checksum, read_tensors
+from r3_adapter.errors import TraceError, check_whole, show
+from r3_adapter.frozen import freeze, is_frozen
+from r3_adapter.wire import Data, parse_json, read_tensors, whole_number, write_tensors
 
 FORMAT = "r3.routing_trace/1"
 NOT_CAPTURED = -1
@@ -45,7 +44,7 @@ class ModelId(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
-    """The routes of one sample. Arrays are read-only, C-contiguous and checked when the trace is made.
+    """The routes of one sample. Arrays are C-contiguous and checked when the trace is made, and never change again.
 
     topk_ids: [S, M, K] uint8 (E <= 256) or uint16; distinct ids in each captured row, 0 in a row that was not captured.
     token_ids: [S] int32; the tokens that were fed to the engine at these rows.
@@ -69,10 +68,7 @@ class RoutingTrace:
     model: ModelId | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "num_experts", index(self.num_experts))
-        except TypeError as error:
-            raise TraceError(f"num_experts ({self.num_experts!r}) is not a whole number") from error
+        object.__setattr__(self, "num_experts", check_whole("num_experts", self.num_experts, error=TraceError))
         want: dict[str, np.dtype[Any]] = dict.fromkeys(_RANKS, np.dtype(np.int32))
         want["topk_ids"] = ids_dtype(self.num_experts)
         for name, dtype in want.items():
@@ -122,8 +118,15 @@ class RoutingTrace:
             raise TraceError(f"layer {missing[0]} is none of the trace's {self.layer_ids.tolist()}")
         if len(wanted) == len(self.layer_ids):
             return self
-        chosen = np.ascontiguousarray(self.topk_ids[:, np.searchsorted(self.layer_ids, wanted)])
+        chosen = freeze(np.take(self.topk_ids, np.searchsorted(self.layer_ids, wanted), axis=1))
         return replace(self, topk_ids=chosen, layer_ids=wanted)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is unpickled is checked and frozen as any other, and knows no digest.
+        return RoutingTrace, tuple(getattr(self, field.name) for field in fields(self))
+
+    def __deepcopy__(self, memo: object) -> "RoutingTrace":
+        return self
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutingTrace):
@@ -147,7 +150,11 @@ class RoutingTrace:
         return self.digest()
 
     def to_bytes(self) -> bytes:
-        """Return the file and wire form: safetensors; its metadata are num_experts, weight_versions, model, digest."""
+        """Return the file and wire form: safetensors; its metadata are num_experts, weight_versions, model, digest.
+
+        Raises:
+            TraceError: more weight versions than a reader takes.
+        """
         metadata = {
             "format": FORMAT,
             "num_experts": str(self.num_experts),
@@ -155,34 +162,38 @@ class RoutingTrace:
             "digest": self.digest(),
             **model_metadata(self.model),
         }
-        return save({name: getattr(self, name) for name in _RANKS}, metadata)
+        return write_tensors({name: getattr(self, name) for name in _RANKS}, metadata)
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview, *, place: str = "trace", needs_check: bool = True) -> "RoutingTrace":
-        """Read the wire form without copying the arrays; an engine writes a checksum, everybody else a digest.
+    def from_bytes(cls, data: Data, *, place: str = "trace", needs_check: bool = True) -> "RoutingTrace":
+        """Read the wire form; an engine writes a checksum, everybody else a digest.
 
+        data: the arrays are views of it if nothing can change it, as bytes; what else can is copied.
         needs_check: whether one of both must be there.
 
         Raises:
             TraceError: bytes that are no trace, or whose digest or checksum differs or is missing; names `place`.
         """
         arrays, metadata = read_tensors(data, place, FORMAT, _RANKS)
-        if "checksum" in metadata:
-            check_checksum(data, place)
-        elif needs_check and "digest" not in metadata:
+        if needs_check and not metadata.keys() & {"checksum", "digest"}:
             raise TraceError(f"{place}: neither a checksum nor a digest in the header")
+        for name in ("num_experts", "weight_versions"):
+            if name not in metadata:
+                raise TraceError(f"{place}: no {name} in the header")
         try:
-            versions = json.loads(metadata["weight_versions"])
-            model = read_model(metadata)
+            versions = parse_json(metadata["weight_versions"], "weight_versions")
             if not (isinstance(versions, list) and all(isinstance(version, str) for version in versions)):
-                raise TraceError(f"weight_versions {metadata['weight_versions']!r} is not a list of strings")
+                raise TraceError(f"weight_versions {show(versions)} is not a list of strings")
             trace = cls(
-                num_experts=int(metadata["num_experts"]), weight_versions=tuple(versions), model=model, **arrays
+                num_experts=whole_number(metadata["num_experts"], "num_experts"),
+                weight_versions=tuple(versions),
+                model=read_model(metadata),
+                **arrays,
             )
-        except (KeyError, ValueError, RecursionError) as error:
+        except TraceError as error:
             raise TraceError(f"{place}: {error}") from error
         if "digest" in metadata and metadata["digest"] != (found := trace.digest()):
-            raise TraceError(f"{place}: digest {found} != {metadata['digest']} of its header")
+            raise TraceError(f"{place}: digest {found} != {metadata['digest'][:64]} of its header")
         return trace
 
 
@@ -198,7 +209,8 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     if len(traces) == 1:
         return first
     check_one_model(traces)
-    names = list(dict.fromkeys(name for trace in traces for name in trace.weight_versions))
+    united = dict.fromkeys(name for trace in traces for name in trace.weight_versions)
+    names = {name: number for number, name in enumerate(united)}
     return RoutingTrace(
         topk_ids=_joined([trace.topk_ids for trace in traces]),
         token_ids=_joined([trace.token_ids for trace in traces]),
@@ -233,26 +245,24 @@ def read_model(metadata: Mapping[str, str]) -> ModelId | None:
     """Return the model that a wire form's metadata names; None where there is none.
 
     Raises:
-        ValueError, RecursionError: an entry that is no model.
+        TraceError: an entry that is no model.
     """
     if "model" not in metadata:
         return None
-    found = json.loads(metadata["model"])
+    found = parse_json(metadata["model"], "model")
     if not isinstance(found, dict) or found.keys() != set(ModelId._fields):
-        raise TraceError(f"model {metadata['model'][:200]!r} does not have just {', '.join(ModelId._fields)}")
+        raise TraceError(f"model {show(found)} does not have just {', '.join(ModelId._fields)}")
     return ModelId(**found)
 
 
 def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    joined = np.concatenate(arrays)
-    joined.flags.writeable = False
-    return joined
+    return freeze(np.concatenate(arrays))
 
 
-def _renamed(trace: RoutingTrace, names: Sequence[str]) -> npt.NDArray[np.int32]:
+def _renamed(trace: RoutingTrace, names: Mapping[str, int]) -> npt.NDArray[np.int32]:
     """Return version_ids as indices into other names."""
     # Index -1, "not captured", stays: it picks the last entry.
-    index = np.array([*(names.index(name) for name in trace.weight_versions), NOT_CAPTURED], np.int32)
+    index = np.array([*(names[name] for name in trace.weight_versions), NOT_CAPTURED], np.int32)
     found: npt.NDArray[np.int32] = index[trace.version_ids]
     return found
 
@@ -262,11 +272,10 @@ def _as_frozen(name: str, array: Any, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         raise TraceError(f"{name}: dtype {getattr(array, 'dtype', type(array).__name__)} != {dtype}")
     if array.ndim != _RANKS[name]:
         raise TraceError(f"{name}: shape {array.shape} has {array.ndim} dimensions != {_RANKS[name]}")
-    if array.flags.writeable or not array.flags.c_contiguous or not array.flags.aligned:
-        array = array.copy(order="C")
-        array.flags.writeable = False
-    frozen: npt.NDArray[Any] = array
-    return frozen
+    if is_frozen(array) and array.flags.c_contiguous and array.flags.aligned:
+        frozen: npt.NDArray[Any] = array
+        return frozen
+    return freeze(array.copy(order="C"))
 
 
 def _check_shapes(trace: RoutingTrace) -> None:
@@ -287,8 +296,8 @@ def _check_model(trace: RoutingTrace) -> None:
     if not isinstance(model, ModelId):
         raise TraceError(f"model {model!r} is not a ModelId")
     for name, number in model._asdict().items():
-        if type(number) is not int or number < 1:
-            raise TraceError(f"model: {name} ({number!r}) is not a whole number from 1")
+        if type(number) is not int or not 1 <= number < 1 << 31:
+            raise TraceError(f"model: {name} ({show(number)}) is not a whole number from 1 to {(1 << 31) - 1}")
     if trace.layer_ids[-1] >= model.num_layers:
         raise TraceError(f"layer {trace.layer_ids[-1]} is none of the {model.num_layers} layers of the model")
     bad = np.flatnonzero(trace.token_ids >= model.vocab_size)

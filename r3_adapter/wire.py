@@ -1,38 +1,92 @@
-"""The wire form's frame: safetensors whose header may be hostile, and the checksum over all of it."""
+"""The frame of all that is read from outside: safetensors whose bytes may be hostile, and the checksum over them."""
 
 import json
 import re
-import struct
 from collections.abc import Collection, Mapping
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import save
 
-from r3_adapter.errors import TraceError
+from r3_adapter.errors import TraceError, show
+from r3_adapter.frozen import is_frozen
 
-_MAX_HEADER = 1 << 20
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
+MAX_HEADER = 1 << 20
+"""Bytes of a header at most, unless the reader says otherwise: to read one takes many times as much memory."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "U8": np.dtype("u1"),
+    "U16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "F32": np.dtype("<f4"),
+}
+_MAX_SIZE = 1 << 16
+"""What an empty tensor's other sizes may be: the most experts that ids can name."""
+
 _CHECKSUM = re.compile(rb'"checksum": ?"([0-9a-f]{8})"')
+_NO_CHECKSUM = "0" * 8
+
+Data = bytes | bytearray | memoryview
 
 
-def checksum_of(data: bytes | memoryview, place: str = "payload") -> tuple[str, str]:
+class Header(NamedTuple):
+    """The checked header of safetensors.
+
+    tensors: the entry of each; dtype a name, shape whole numbers from 0, data_offsets two of them, the first the lower.
+    metadata: texts.
+    start: where the data begin. stop: where the last tensor ends.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+    stop: int
+
+
+def write_tensors(
+    tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str], *, max_header: int = MAX_HEADER
+) -> bytes:
+    """Return safetensors bytes; a checksum among the metadata, whatever it is, becomes the right one.
+
+    Raises:
+        TraceError: a header that nobody would read.
+    """
+    placeholder = {"checksum": _NO_CHECKSUM} if "checksum" in metadata else {}
+    data = save(dict(tensors), {**metadata, **placeholder})
+    size = int.from_bytes(data[:8], "little")
+    if size > max_header:
+        largest = max(metadata, key=lambda name: len(metadata[name]))
+        raise TraceError(f"header of {size} bytes > {max_header}; its {largest} are too many to be written at once")
+    return with_checksum(data) if placeholder else data
+
+
+def with_checksum(data: bytes) -> bytes:
+    """Return safetensors bytes whose header has a checksum, with the right one.
+
+    Raises:
+        TraceError: a header without just one checksum.
+    """
+    start, stop = _find_checksum(memoryview(data), "payload")
+    return data[:start] + _crc(memoryview(data), start, stop).encode() + data[stop:]
+
+
+def checksum_of(data: Data, place: str = "payload") -> tuple[str, str]:
     """Return the checksum that a header has, and the right one: the CRC-32 of all bytes, with "00000000" in its place.
 
     Raises:
         TraceError: a header without just one checksum; names `place`.
     """
-    buffer = memoryview(data).cast("B")
-    found = list(_CHECKSUM.finditer(buffer[: 8 + _header_size(buffer, place)]))
-    if len(found) != 1:
-        raise TraceError(f"{place}: {len(found)} checksums in the header != 1")
-    start, stop = found[0].span(1)
-    crc = crc32(buffer[stop:], crc32(b"00000000", crc32(buffer[:start])))
-    return found[0][1].decode(), f"{crc:08x}"
+    buffer = as_buffer(data, place)
+    start, stop = _find_checksum(buffer, place)
+    return bytes(buffer[start:stop]).decode(), _crc(buffer, start, stop)
 
 
-def check_checksum(data: bytes | memoryview, place: str = "payload") -> None:
+def check_checksum(data: Data, place: str = "payload") -> None:
     """Refuse bytes that are not those that their writer made the checksum of.
 
     Raises:
@@ -43,60 +97,149 @@ def check_checksum(data: bytes | memoryview, place: str = "payload") -> None:
         raise TraceError(f"{place}: checksum {found} != {wanted} of its header")
 
 
-def _header_size(buffer: memoryview, place: str) -> int:
-    if len(buffer) < 8:
-        raise TraceError(f"{place}: {len(buffer)} bytes < 8 of a safetensors header")
-    (size,) = struct.unpack_from("<Q", buffer)
-    if size > min(_MAX_HEADER, len(buffer) - 8):
-        raise TraceError(f"{place}: header of {size} bytes > {min(_MAX_HEADER, len(buffer) - 8)}")
-    return int(size)
+def as_buffer(data: object, place: str) -> memoryview:
+    """Return the bytes as a flat buffer that nobody else can change: a copy, unless their memory stays as it is.
+
+    Raises:
+        TraceError: an object that has no bytes; names `place`.
+    """
+    try:
+        buffer = memoryview(data)  # type: ignore[arg-type]
+        if buffer.nbytes == 0 or not is_frozen(buffer):
+            return memoryview(bytes(buffer))
+        return buffer.cast("B")
+    except (TypeError, ValueError, BufferError) as error:
+        raise TraceError(f"{place}: {type(data).__name__} is not bytes") from error
 
 
-def read_tensors(
-    data: bytes | memoryview, place: str, form: str, names: Collection[str]
-) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
-    """Split safetensors bytes of a format, with just these tensors, into views and metadata; they may be hostile.
+def parse_json(text: str | bytes, place: str) -> Any:
+    """Return what a JSON text from outside says.
+
+    Raises:
+        TraceError: no JSON, or one that is nested too deeply, has a key twice, or a number that is none or too long.
+    """
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{place} cannot be read: {str(error)[:200]}") from error
+
+
+def whole_number(text: str, place: str) -> int:
+    """Return the whole number from 0 that a text is, in plain digits.
+
+    Raises:
+        TraceError: another text.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise TraceError(f"{place} {show(text)} is not a whole number")
+    return int(text)
+
+
+def read_header(buffer: memoryview, place: str, *, max_header: int = MAX_HEADER) -> Header:
+    """Read the header of safetensors that may be followed by something else.
 
     Raises:
         TraceError: bytes that are something else; names `place`.
     """
-    buffer = memoryview(data).cast("B").toreadonly()
-    size = _header_size(buffer, place)
-    try:
-        header = json.loads(bytes(buffer[8 : 8 + size]))
-        metadata = header.pop("__metadata__")
-        if not all(isinstance(value, str) for value in metadata.values()) or metadata["format"] != form:
-            raise TraceError(f"{place}: format {metadata.get('format')!r} != {form!r}")
-        if header.keys() != set(names):
-            raise TraceError(f"{place}: tensors {sorted(header)} != {sorted(names)}")
-        body = buffer[8 + size :]
-        arrays = {name: _view(f"{place}: {name}", body, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, TraceError):
-            raise
-        raise TraceError(f"{place}: header cannot be read: {error!r}") from error
-    at = 0
-    for start, stop in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+    start = 8 + _header_size(buffer, place, max_header)
+    header = parse_json(bytes(buffer[8:start]), f"{place}: header")
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TraceError(f"{place}: header cannot be read: it has no metadata of texts")
+    size = len(buffer) - start
+    for name, entry in header.items():
+        _check_entry(f"{place}: {show(name)}", entry, size)
+    stop = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if stop > len(buffer):
+        raise TraceError(f"{place}: tensors end at byte {stop} of {len(buffer)}")
+    return Header(header, metadata, start, stop)
+
+
+def read_tensors(
+    data: Data, place: str, form: str | None, names: Collection[str], *, max_header: int = MAX_HEADER
+) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
+    """Split safetensors bytes, with just these tensors, into views and metadata; they may be hostile.
+
+    form: what the metadata must name as their format; None for any.
+
+    Raises:
+        TraceError: bytes that are something else, or whose checksum, where there is one, differs; names `place`.
+    """
+    buffer = as_buffer(data, place)
+    header = read_header(buffer, place, max_header=max_header)
+    if form is not None and header.metadata.get("format") != form:
+        raise TraceError(f"{place}: format {show(header.metadata.get('format'))} != {form!r}")
+    if header.tensors.keys() != set(names):
+        raise TraceError(f"{place}: tensors {show(sorted(header.tensors))} != {sorted(names)}")
+    if "checksum" in header.metadata:
+        check_checksum(buffer, place)
+    at, body = 0, buffer[header.start :]
+    for start, stop in sorted(tuple(entry["data_offsets"]) for entry in header.tensors.values()):
         if start != at:
             raise TraceError(f"{place}: a tensor starts at {start} != {at}, where the one before it ends")
         at = stop
     if at != len(body):
         raise TraceError(f"{place}: tensors of {at} bytes != {len(body)} bytes after the header")
-    return arrays, metadata
+    return {name: _view(f"{place}: {name}", body, entry) for name, entry in header.tensors.items()}, header.metadata
+
+
+def _header_size(buffer: memoryview, place: str, max_header: int) -> int:
+    if len(buffer) < 8:
+        raise TraceError(f"{place}: {len(buffer)} bytes have no header, which takes 8 and more")
+    size = int.from_bytes(buffer[:8], "little")
+    if size > min(max_header, len(buffer) - 8):
+        raise TraceError(f"{place}: header of {size} bytes > {min(max_header, len(buffer) - 8)}")
+    return size
+
+
+def _find_checksum(buffer: memoryview, place: str) -> tuple[int, int]:
+    """Return where the digits of the checksum are."""
+    # The whole header is looked at, however large: who reads it has said how large it may be.
+    found = list(_CHECKSUM.finditer(buffer[: 8 + _header_size(buffer, place, len(buffer))]))
+    if len(found) != 1:
+        raise TraceError(f"{place}: {len(found)} checksums in the header != 1")
+    return found[0].span(1)
+
+
+def _crc(buffer: memoryview, start: int, stop: int) -> str:
+    return f"{crc32(buffer[stop:], crc32(_NO_CHECKSUM.encode(), crc32(buffer[:start]))):08x}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_entry(place: str, entry: Any, size: int) -> None:
+    """Check what a header says of a tensor; size: of all data."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise TraceError(f"{place}: {show(entry)} is not dtype, shape and data_offsets")
+    name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise TraceError(f"{place}: dtype {show(name)} is none of {sorted(_DTYPES)}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > 8 or len(offsets) != 2:
+        raise TraceError(f"{place}: shape {show(shape)}, offsets {show(offsets)} are not up to 8 and 2 numbers")
+    most = max(size, _MAX_SIZE)
+    good = all(type(number) is int and 0 <= number <= most for number in [*offsets, *shape])
+    # Sizes beside a 0 could be more than arrays may have together.
+    if not good or prod(max(number, 1) for number in shape) > 1 << 62:
+        raise TraceError(f"{place}: shape {show(shape)}, offsets {show(offsets)} beyond the {size} bytes of data")
+    start, stop = offsets
+    if stop - start != (want := dtype.itemsize * prod(shape)):
+        raise TraceError(f"{place}: offsets {start} to {stop} != {want} bytes of shape {shape}")
 
 
 def _view(place: str, body: memoryview, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
-    dtype = _DTYPES.get(entry["dtype"])
-    shape, (start, stop) = entry["shape"], entry["data_offsets"]
-    if dtype is None:
-        raise TraceError(f"{place}: dtype {entry['dtype']!r} is none of {sorted(_DTYPES)}")
-    numbers = [start, stop, *shape]
-    if not all(type(number) is int and 0 <= number <= len(body) for number in numbers):
-        raise TraceError(f"{place}: shape {shape}, offsets {start} to {stop} beyond the {len(body)} bytes of data")
-    size = dtype.itemsize
-    for number in shape:
-        size *= number
-    if stop - start != size:
-        raise TraceError(f"{place}: offsets {start} to {stop} != {size} bytes of shape {shape}")
-    view: npt.NDArray[Any] = np.frombuffer(body[start:stop], dtype=dtype).reshape(shape)
-    return view
+    start, stop = entry["data_offsets"]
+    array = np.frombuffer(body[start:stop], dtype=np.uint8)
+    if entry["dtype"] == "BOOL" and np.any(array > 1):
+        raise TraceError(f"{place}: a byte is neither 0 nor 1")
+    return array.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -24,6 +24,7 @@ from r3_adapter.arena import Arena
 from r3_adapter.bench import baselines
 from r3_adapter.codec import decode, encode
 from r3_adapter.errors import R3Error
+from r3_adapter.frozen import freeze
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.repack import RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
@@ -141,8 +142,7 @@ def make_traces(rng: np.random.Generator, num_tokens: int) -> list[RoutingTrace]
     for begin, end in pairwise(begins.tolist()):
         memory[begin:end] = pool[rng.integers(0, len(pool), (end - begin, NUM_LAYERS))]
         version_ids[end - 1], memory[end - 1] = -1, 0  # the last token was not captured
-    for array in (memory, token_ids, version_ids, layer_ids):
-        array.flags.writeable = False
+    memory, token_ids, version_ids = freeze(memory), freeze(token_ids), freeze(version_ids)
     return [
         RoutingTrace(memory[cut], token_ids[cut], version_ids[cut], layer_ids, NUM_EXPERTS, ("step-1",))
         for cut in (slice(begin, end) for begin, end in pairwise(begins.tolist()))

@@ -13,6 +13,7 @@ import numpy as np
 import ray
 
 from r3_adapter.errors import R3Error, TraceError
+from r3_adapter.frozen import freeze
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace, concatenate
 
@@ -133,7 +134,8 @@ def _open(found: Any) -> RoutingTrace | R3Error:
     if isinstance(found, Exception):
         return R3Error(f"lost: {type(found).__name__}")
     try:
-        return RoutingTrace.from_bytes(found["trace"].data, place="object")
+        # Nobody writes an object of the store, so that the trace can lie in it.
+        return RoutingTrace.from_bytes(freeze(found["trace"]).data, place="object")
     except TraceError as error:
         return error
 

@@ -4,13 +4,12 @@ A token's log-probability belongs to one computation of the tokens before it. A 
 that way, computes its tokens again: then its payload is one computation after the other.
 """
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from r3_adapter.errors import CaptureError, TraceError
+from r3_adapter.errors import CaptureError, TraceError, show
 from r3_adapter.trace import RoutingTrace, concatenate
+from r3_adapter.wire import as_buffer, read_header
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +44,11 @@ def read_computations(payload: bytes | memoryview, *, place: str = "payload") ->
 
     Source: patches/sglang: srt/state_capturer/routed_experts_safetensors.py
     """
-    buffer, at, found = memoryview(payload), 0, list[Computation]()
+    buffer, at, found = as_buffer(payload, place), 0, list[Computation]()
     while at < len(buffer) or not found:
         where = f"{place}, computation {len(found)}" if found else place
-        size, metadata = _measure(buffer[at:], where)
+        header = read_header(buffer[at:], where)
+        size, metadata = header.stop, header.metadata
         trace = RoutingTrace.from_bytes(buffer[at : at + size], place=where, needs_check=False)
         found.append(
             Computation(
@@ -101,24 +101,10 @@ def join_turns(first: Computation, second: Computation, *, place: str = "turn") 
     )
 
 
-def _measure(buffer: memoryview, place: str) -> tuple[int, Mapping[str, str]]:
-    """Return the size of the safetensors at the front, and its metadata; RoutingTrace checks the rest."""
-    try:
-        (size,) = struct.unpack_from("<Q", buffer)
-        header = json.loads(bytes(buffer[8 : 8 + size]))
-        metadata = dict(header.pop("__metadata__"))
-        end = 8 + size + max(entry["data_offsets"][1] for entry in header.values())
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise TraceError(f"{place}: {len(buffer)} bytes have no header that can be read: {error!r}") from error
-    if type(end) is not int or not 8 + size <= end <= len(buffer):
-        raise TraceError(f"{place}: tensors end at byte {end} of {len(buffer)}")
-    return end, metadata
-
-
 def _position(metadata: Mapping[str, str], name: str, place: str) -> int | None:
     text = metadata.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit()):
-        raise TraceError(f"{place}: {name} {text!r} is not a position")
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise TraceError(f"{place}: {name} {show(text)} is not a position")
     return int(text)

@@ -1,7 +1,6 @@
-"""Payloads in shared memory: a reply has the handle of a file, which its reader maps, checks and removes."""
+"""Payloads in shared memory: a reply has the handle of a file, which its reader takes and removes."""
 
 import json
-import mmap
 import os
 import re
 import stat
@@ -17,10 +16,11 @@ _MAX_HANDLE = 256
 
 
 def fetch_payload(reply: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:
-    """Return a reply with its payload in place of the handle; what it holds is mapped, not copied.
+    """Return a reply with its payload in place of the handle.
 
-    The file is removed: a handle is good for once. A reply whose payload travelled with it, or that has none, is
-    returned as it is.
+    The file is read at once and removed: a handle is good for once. Mapped memory would cost a descriptor and a mapping
+    for as long as a trace lives, and whoever still has the file open could change it. A reply whose payload travelled
+    with it, or that has none, is returned as it is.
 
     folder: what the server was started with as --routed-experts-dir; nothing else is opened.
 
@@ -52,8 +52,8 @@ def _read_handle(handle: bytes, place: str) -> tuple[str, int]:
     return name, size
 
 
-def _take(folder: Path, name: str, size: int, place: str) -> memoryview:
-    """Map a file of a folder, and remove it."""
+def _take(folder: Path, name: str, size: int, place: str) -> bytes:
+    """Read a file of a folder, and remove it."""
     where = f"{place}: {folder / name}"
     try:
         parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -66,7 +66,10 @@ def _take(folder: Path, name: str, size: int, place: str) -> memoryview:
                     raise CaptureError(f"{where}: is no plain file")
                 if found.st_size != size:
                     raise CaptureError(f"{where}: {found.st_size} bytes != {size} of the handle")
-                payload = memoryview(mmap.mmap(file, size, prot=mmap.PROT_READ))
+                with open(file, "rb", closefd=False) as stream:
+                    payload = stream.read(size)
+                if len(payload) != size:
+                    raise CaptureError(f"{where}: {len(payload)} bytes could be read != {size} of the handle")
             finally:
                 os.close(file)
             os.unlink(name, dir_fd=parent)

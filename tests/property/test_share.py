@@ -9,6 +9,7 @@ import pytest
 PROGRAM = """
 import ctypes, mmap, sys
 import numpy as np
+from r3_adapter.frozen import freeze
 from r3_adapter.layout import Packing, ParallelLayout, local_segments
 from r3_adapter.repack import repack
 from r3_adapter.trace import RoutingTrace
@@ -20,9 +21,7 @@ memory = mmap.mmap(-1, tokens * 2 * page)
 ids = np.frombuffer(memory, dtype=np.uint8).reshape(tokens, 2 * half, topk)
 rng = np.random.default_rng(0)
 ids[:] = rng.random((tokens, 2 * half, 20)).argsort(axis=2)[:, :, :topk]
-view = ids.view()
-view.flags.writeable = False
-trace = RoutingTrace(view, np.arange(tokens, dtype=np.int32), np.zeros(tokens, dtype=np.int32),
+trace = RoutingTrace(freeze(ids), np.arange(tokens, dtype=np.int32), np.zeros(tokens, dtype=np.int32),
                      np.arange(2 * half, dtype=np.int32), 20, ("a",))
 assert np.shares_memory(trace.topk_ids, ids)
 layout, packing = ParallelLayout(tp=2, pp=2, cp=2), Packing.packed([0, tokens])

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_a_payload_is_mapped_once_and_removed(folder: Path, as_text: bool) -> None:
+def test_a_payload_is_taken_once_and_removed(folder: Path, as_text: bool) -> None:
     handle = base64.b64encode(_handle()).decode() if as_text else _handle()
     reply = fetch_payload(_reply(handle), folder, "request 3")
     trace = trace_from_reply(reply, [11, 12])
     assert trace == TRACE
     assert list(folder.iterdir()) == []
-    # No copy: the array lies in the mapped file.
-    mapped = np.frombuffer(reply["meta_info"]["routed_experts"], np.uint8)
-    assert np.shares_memory(trace.topk_ids, mapped)
+    # No second copy: the array lies in what was read.
+    payload = np.frombuffer(reply["meta_info"]["routed_experts"], np.uint8)
+    assert np.shares_memory(trace.topk_ids, payload)
     with pytest.raises(CaptureError, match=rf"request 3: .*{NAME}: cannot be taken: .*No such file"):
         fetch_payload(_reply(handle), folder, "request 3")
 
@@ -105,3 +106,17 @@ def test_files_that_are_no_payload_are_refused(folder: Path) -> None:
         fetch_payload(_reply(_handle()), link, "reply")
     assert other.exists()
     assert (folder / NAME).exists()
+
+
+def test_live_traces_hold_no_descriptors(folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        held = []
+        for number in range(2000):
+            name = f"{number:032x}"
+            (folder / name).write_bytes(TRACE.to_bytes())
+            held.append(trace_from_reply(fetch_payload(_reply(_handle(file=name)), folder, name), [11, 12]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(held) == 2000 and all(trace == TRACE for trace in held)

@@ -100,9 +100,9 @@ def test_traces_of_two_models_do_not_go_together(other: ModelId | None) -> None:
     [
         (MODEL._replace(num_layers=4), "layer 4 is none of the 4 layers of the model"),
         (MODEL._replace(vocab_size=103), "token_ids[3] (103) >= vocab_size (103)"),
-        (MODEL._replace(hidden_size=0), "model: hidden_size (0) is not a whole number from 1"),
-        (MODEL._replace(num_layers=5.0), "model: num_layers (5.0) is not a whole number from 1"),
-        (MODEL._replace(vocab_size=True), "model: vocab_size (True) is not a whole number from 1"),
+        (MODEL._replace(hidden_size=0), "model: hidden_size (0) is not a whole number from 1 to 2147483647"),
+        (MODEL._replace(num_layers=5.0), "model: num_layers (5.0) is not a whole number from 1 to 2147483647"),
+        (MODEL._replace(vocab_size=True), "model: vocab_size (True) is not a whole number from 1 to 2147483647"),
         ((5, 64, 104), "model (5, 64, 104) is not a ModelId"),
     ],
 )

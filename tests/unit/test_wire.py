@@ -59,7 +59,7 @@ def test_a_wrong_checksum_names_both() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "here: 0 bytes < 8 of a safetensors header"),
+        (b"", "here: 0 bytes have no header, which takes 8 and more"),
         (payload().replace(b'"checksum"', b'"Checksum"'), "here: 0 checksums in the header != 1"),
         (payload().replace(b'"format":"', b'"checksum":"00000000",'), "here: 2 checksums in the header != 1"),
     ],
