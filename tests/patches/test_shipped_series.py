@@ -64,6 +64,8 @@ def test_each_patch_is_small_and_says_why(series: Series) -> None:
             f"{patch.name}: the header must say why, why not in the adapter, when it can go"
         )
         assert patch.changed <= MAX_CHANGED, patch.name
+        # A number and a total would be wrong as soon as the series grows.
+        assert re.findall(r"^Subject: (\[.*?\]) ", patch.header, re.MULTILINE) == ["[PATCH]"], patch.name
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", trailers(patch.header)["Last-Update"]), patch.name
         (row,) = [row for row in rows if row.startswith("|") and f"{series.distribution} `{patch.name}`" in row]
         cells = [cell.strip() for cell in row.strip("|").split("|")]
