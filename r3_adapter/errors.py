@@ -32,6 +32,10 @@ class CaptureError(R3Error):
     """The rollout engine's reply cannot be used."""
 
 
+class UnknownModelError(CaptureError):
+    """A model whose routers or sizes cannot be known here: nothing is said of them rather than something wrong."""
+
+
 def check_choice(name: str, value: object, choices: Any, error: type[R3Error] = R3Error) -> None:
     """Refuse a word that is none of the known ones: a typo must not be taken for the most permissive of them.
 

@@ -182,6 +182,7 @@ def _generate(engine: Engine, name: str) -> dict[str, float]:
     if name == "patched":
         assert trace_from_reply(replies[0], prompts[0], facts=engine.facts).num_tokens == num_tokens
     else:
+        assert engine.facts is not None
         assert len(payload) == native_bytes(num_tokens, engine.facts)
     found["bytes_per_token_engine"] = len(payload) / num_tokens
     found["bytes_per_token_http"] = len(base64.b64encode(payload)) / num_tokens

@@ -24,7 +24,7 @@ class Conversation:
     def __init__(
         self,
         prompt: Sequence[int],
-        facts: ModelFacts,
+        facts: ModelFacts | None,
         *,
         place: str = "conversation",
         temperature: float = 1.0,
@@ -95,7 +95,7 @@ def _one_sample(turns: Sequence[Sample]) -> Sample:
 class Asks(Protocol):
     """What a conversation needs of an engine."""
 
-    facts: ModelFacts
+    facts: ModelFacts | None
 
     def replies(
         self, prompts: Sequence[Sequence[int]], sampling_params: Mapping[str, Any], *, start: int = 0

@@ -53,7 +53,9 @@ class Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        self.facts = ModelFacts.from_checkpoint(Path(settings.model_path))
+        # The facts are read with transformers, which looks once for what is installed.
+        enable_cpu()
+        self.facts = ModelFacts.if_known(Path(settings.model_path))
         self.weight_version = settings.weight_version
         self._folder: Path | None = None
 
@@ -61,7 +63,6 @@ class Engine:
         gpu = has_gpu()
         if self.settings.perturb is not None or not gpu:
             check_installed()
-        enable_cpu()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         arguments = self.settings.engine_arguments(gpu=gpu)
         check_engine(arguments)
@@ -220,7 +221,7 @@ class Engine:
 def samples_of(
     replies: Sequence[Mapping[str, Any]],
     prompts: Prompts,
-    facts: ModelFacts,
+    facts: ModelFacts | None,
     *,
     native: bool = False,
     place: str = "request",
@@ -229,7 +230,9 @@ def samples_of(
 ) -> list[Sample]:
     """Make samples of replies, in the order of their prompts.
 
-    native: the routes are in SGLang's own form.
+    facts: the routers of the model, as ModelFacts.if_known reads them; None where they are not known: the routes' own
+        layers and experts are then taken as they are.
+    native: the routes are in SGLang's own form, which needs facts.
     sampling_params: that the replies were asked with, for all prompts or one for each; samples keep the temperature.
     recomputed: what a request becomes that was retracted, so that its later tokens were sampled under other routes
         than its earlier ones. "raise": an error. "split": a sample for each of its computations, one after the other;
@@ -251,6 +254,8 @@ def samples_of(
         where = f"{place} {index}"
         size, logprobs = len(payload_of(reply, where)), logprobs_of(reply, where)
         if native:
+            if facts is None:
+                raise CaptureError(f"{where}: routes in SGLang's own form, of a model whose layers are not known")
             trace = trace_from_native_reply(reply, prompt, facts, place=where)
             samples.append(Sample(trace, len(prompt), logprobs, size, temperature=temperatures[index]))
             continue
@@ -318,7 +323,7 @@ def generate_over_http(
     url: str,
     prompts: Prompts,
     sampling_params: SamplingParams,
-    facts: ModelFacts,
+    facts: ModelFacts | None,
     *,
     native: bool = False,
     recomputed: Recomputed = "raise",

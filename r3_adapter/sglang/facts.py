@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r3_adapter.errors import CaptureError
-
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_TOPK = ("num_experts_per_tok", "moe_topk", "num_experts_per_token")
+from r3_adapter.errors import CaptureError, UnknownModelError
+from r3_adapter.sglang.meta_model import MetaModel, meta_model
 
 
 @dataclass(frozen=True)
@@ -31,43 +29,62 @@ class ModelFacts:
     def from_config(cls, config: Mapping[str, Any], *, place: str = "config") -> "ModelFacts":
         """Read a Hugging Face configuration; of a multimodal model, its text part.
 
-        Which layers are MoE layers follows from mlp_only_layers and decoder_sparse_step, or first_k_dense_replace
-        and moe_layer_freq; without any of them all are.
+        Raises:
+            UnknownModelError: The installed transformers does not have the family, or its modules do not say which
+                experts a token can have in which layers.
+            CaptureError: The configuration is none, or of a dense model.
+        """
+        return cls.from_modules(meta_model(config, place))
+
+    @classmethod
+    def from_modules(cls, model: MetaModel) -> "ModelFacts":
+        """Read the modules of a model.
 
         Raises:
-            CaptureError: The number of experts, top-k or layers is missing.
-
-        Source: transformers@5.12.1: Qwen3MoeDecoderLayer, DeepseekV2DecoderLayer
+            UnknownModelError: Layers differ, or hold experts in a form that is not known.
+            CaptureError: A dense model.
         """
-        text = config.get("text_config") or config
-        num_experts, topk = _first(text, _NUM_EXPERTS, place), _first(text, _TOPK, place)
-        num_layers = _first(text, ("num_hidden_layers",), place)
-        dense, step = set(text.get("mlp_only_layers") or ()), text.get("decoder_sparse_step") or 1
-        start, frequency = text.get("first_k_dense_replace") or 0, text.get("moe_layer_freq") or 1
-        if isinstance(frequency, list):
-            layer_ids = [layer for layer, sparse in enumerate(frequency) if sparse]
-        else:
-            layer_ids = [layer for layer in range(start, num_layers) if layer % frequency == 0]
-        layer_ids = [layer for layer in layer_ids if layer not in dense and (layer + 1) % step == 0]
-        return cls(num_experts, topk, tuple(layer_ids), num_layers)
+        where = f"{model.place}: {model.family}"
+        found = {at: moe for at in range(len(model.layers)) if (moe := model.moe_layer(at)) is not None}
+        if not found:
+            raise CaptureError(f"{where}: none of its {len(model.layers)} layers has routed experts")
+        shapes = {(moe.num_experts, moe.topk) for moe in found.values()}
+        if len(shapes) > 1:
+            said = " and ".join(f"{experts} experts with top-{topk}" for experts, topk in sorted(shapes))
+            raise UnknownModelError(f"{where}: its layers differ, {said}: one number for all is not known")
+        ((num_experts, topk),) = shapes
+        return cls(num_experts, topk, tuple(found), len(model.layers))
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> "ModelFacts":
         """Read `config.json` of a checkpoint.
 
         Raises:
+            UnknownModelError: A family that is not known; see from_config.
             CaptureError: It cannot be read, or says too little.
         """
         path = folder / "config.json"
+        return cls.from_config(read_config(path), place=str(path))
+
+    @classmethod
+    def if_known(cls, folder: Path) -> "ModelFacts | None":
+        """Read `config.json` of a checkpoint as from_checkpoint does; None of a family that is not known."""
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CaptureError(f"{path}: cannot be read: {error}") from error
-        return cls.from_config(config, place=str(path))
+            return cls.from_checkpoint(folder)
+        except UnknownModelError:
+            return None
 
 
-def _first(config: Mapping[str, Any], names: tuple[str, ...], place: str) -> int:
-    for name in names:
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    raise CaptureError(f"{place}: none of {', '.join(names)}")
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a Hugging Face configuration.
+
+    Raises:
+        CaptureError: It cannot be read, or is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CaptureError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CaptureError(f"{path}: {type(config).__name__} is no configuration")
+    return config

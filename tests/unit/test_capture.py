@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,31 +184,6 @@ def test_a_native_payload_that_does_not_fit_is_refused(payload: bytes, error: ty
 def test_version_spans_that_do_not_fit_are_refused(spans: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         trace_from_native_reply(_reply(_routes().tobytes(), weight_versions=spans), PROMPT, FACTS)
-
-
-@pytest.mark.parametrize(
-    ("config", "layer_ids"),
-    [
-        ({"num_experts": 8}, (0, 1, 2, 3)),
-        ({"num_local_experts": 8, "mlp_only_layers": [1]}, (0, 2, 3)),
-        ({"num_experts": 8, "decoder_sparse_step": 2}, (1, 3)),
-        ({"n_routed_experts": 8, "first_k_dense_replace": 1, "moe_layer_freq": 1}, (1, 2, 3)),
-        ({"n_routed_experts": 8, "moe_layer_freq": [0, 1, 1, 0]}, (1, 2)),
-    ],
-)
-def test_facts_of_a_configuration(config: dict[str, Any], layer_ids: tuple[int, ...], tmp_path: Path) -> None:
-    config |= {"num_experts_per_tok": 2, "num_hidden_layers": 4}
-    assert ModelFacts.from_config(config) == ModelFacts(8, 2, layer_ids, 4)
-    assert ModelFacts.from_config({"text_config": config}) == ModelFacts(8, 2, layer_ids, 4)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ModelFacts.from_checkpoint(tmp_path) == ModelFacts(8, 2, layer_ids, 4)
-
-
-def test_a_dense_model_has_no_facts(tmp_path: Path) -> None:
-    with pytest.raises(CaptureError, match="config: none of num_experts"):
-        ModelFacts.from_config({"num_hidden_layers": 4})
-    with pytest.raises(CaptureError, match=r"config\.json: cannot be read"):
-        ModelFacts.from_checkpoint(tmp_path)
 
 
 @contextmanager
