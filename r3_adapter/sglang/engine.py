@@ -57,6 +57,7 @@ class Engine:
         enable_cpu()
         self.facts = ModelFacts.if_known(Path(settings.model_path))
         self.weight_version = settings.weight_version
+        self._versions = {settings.weight_version}
         self._folder: Path | None = None
 
     def __enter__(self) -> "Engine":
@@ -182,12 +183,15 @@ class Engine:
         that come later share no rows of before.
 
         Raises:
-            CaptureError: SGLang refuses; it then still has the weights of before, or none that can be used.
+            CaptureError: Weights that this engine had are called `version`; or SGLang refuses, and then still has the
+                weights of before, or none that can be used, under another name.
 
         Source: sglang@0.5.20: srt/managers/tokenizer_manager.py:update_weights_from_disk
         """
         from sglang.srt.managers import io_struct
 
+        if version in self._versions:
+            raise CaptureError(f"weights of {folder}: version {version!r} is the name of weights that the engine had")
         manager = self._engine.tokenizer_manager
         await manager.pause_generation(io_struct.PauseGenerationReqInput(mode="in_place"))
         try:
@@ -200,6 +204,7 @@ class Engine:
         if not done:
             raise CaptureError(f"weights {version!r} of {folder}: {message}")
         self.weight_version = version
+        self._versions.add(version)
 
     def generate(
         self, prompts: Prompts, sampling_params: SamplingParams, *, recomputed: Recomputed = "raise", **options: Any

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -150,21 +151,21 @@ def _update_while_running(server: Server, mode: str) -> list[tuple[list[int], An
         time.sleep(0.5)
         server.post("/pause_generation", {"mode": mode})
         # SGLang cannot flush the cache while requests wait.
-        _load(server, "v2", flush=False)
+        _load(server, "v2", flush_cache=False)
         server.post("/continue_generation", {})
         replies = [future.result() for future in asked]
-    _load(server, "v1", flush=True)
+    _load(server, "v1", flush_cache=True)
     return list(zip(prompts, replies, strict=True))
 
 
-def _load(server: Server, version: str, *, flush: bool) -> None:
-    body = {"model_path": str(server.weights[version]), "weight_version": version, "flush_cache": flush}
-    assert server.post("/update_weights_from_disk", body)["success"]
+def _load(server: Server, version: str, **options: Any) -> None:
+    body = {"model_path": str(server.weights[version]), "weight_version": version}
+    assert server.post("/update_weights_from_disk", {**body, **options})["success"]
 
 
 def _names(computation: Computation, rows: slice) -> set[str]:
     trace = computation.trace
-    return {trace.weight_versions[index] for index in trace.version_ids[:-1][rows]}
+    return {sglang.base_name(trace.weight_versions[index]) for index in trace.version_ids[:-1][rows]}
 
 
 def test_weights_change_while_requests_are_retracted(server: Server) -> None:
@@ -183,7 +184,7 @@ def test_weights_change_while_requests_are_retracted(server: Server) -> None:
         assert _names(before, slice(None)) == {"v1"}
         # The prompt's cached rows are of the old weights, and say so; the outputs were computed again.
         assert _names(after, slice(0, len(prompt))) == {"v1"}
-        names = [after.trace.weight_versions[index] for index in after.trace.version_ids[:-1]]
+        names = [sglang.base_name(after.trace.weight_versions[index]) for index in after.trace.version_ids[:-1]]
         assert names == sorted(names)
         assert set(names[len(prompt) :]) == {"v2"} or not server.pauses
         assert after.sampled_start == before.stop
@@ -204,6 +205,54 @@ def test_weights_change_while_requests_wait_in_place(server: Server) -> None:
         assert _names(computation, slice(0, first)) == {"v1"}
         assert _names(computation, slice(first + 1, None)) == {"v2"}
     assert changed > 0
+
+
+def test_weights_that_change_without_a_new_name_get_one(server: Server) -> None:
+    (prompt,) = make_prompts(13, [40])
+    known = set(server.check(server.ask(prompt, 8), prompt)[0].trace.weight_versions)
+    with server.open("/model_info") as answer:
+        current = json.load(answer)["weight_version"]
+    for asked in (None, "v1", current, None):
+        _load(server, "v2", weight_version=asked, flush_cache=False)
+        reply = server.ask(prompt, 8)
+        (computation,) = computations_from_reply(reply, prompt)
+        trace = computation.trace
+        names = [trace.weight_versions[index] for index in trace.version_ids[:-1]]
+        # The prompt's cached rows are of the weights before, and say so.
+        old, new = set(names[: len(prompt) - 1]), set(names[len(prompt) - 1 :])
+        assert old <= known and len(new) == 1 and not new & known
+        known |= new
+        with server.open("/model_info") as answer:
+            assert {json.load(answer)["weight_version"], reply["meta_info"]["weight_version"]} == new
+    _load(server, "v1")
+    server.check(server.ask(prompt, 8), prompt)
+
+
+def test_weights_that_change_without_a_name_under_a_request(server: Server) -> None:
+    (prompt,) = make_prompts(14, [20])
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, prompt, 200)
+        time.sleep(0.5)
+        server.post("/pause_generation", {"mode": "in_place"})
+        _load(server, "v2", weight_version=None, flush_cache=False)
+        server.post("/continue_generation", {})
+        (computation,) = computations_from_reply(asked.result(), prompt)
+    _load(server, "v1")
+    version_ids = computation.trace.version_ids[:-1]
+    assert len(computation.trace.weight_versions) == 2 and np.all(np.diff(version_ids) >= 0)
+
+
+def test_an_update_in_several_requests_has_the_name_that_it_was_given(server: Server) -> None:
+    (prompt,) = make_prompts(15, [20])
+    for want in ("step-7", r"step-7#\d+"):
+        for _ in range(3):
+            _load(server, "v1", weight_version="step-7")
+        (computation,) = computations_from_reply(server.ask(prompt, 4), prompt)
+        (found,) = computation.trace.weight_versions
+        assert re.fullmatch(want, found)
+    server.post("/update_weight_version", {"new_version": "step-8", "abort_all_requests": False})
+    assert computations_from_reply(server.ask(prompt, 4), prompt)[0].trace.weight_versions[-1] == "step-8"
+    _load(server, "v1")
 
 
 def test_many_requests_and_aborts(server: Server) -> None:
