@@ -10,23 +10,7 @@ from r3_adapter.errors import R3Error
 from r3_adapter.megatron.checks import NEEDED, SELECTS, check_layout
 from r3_adapter.plan.request import PlanRequest, length_multiple
 from r3_adapter.repack import local_dtype
-
-_BYPASSING = ("triton_kernel", "flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4")
-
-ENGINE_REFUSALS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "attn_cp_size": ((1,), "tokens of a request are on several ranks"),
-    "dcp_size": ((1,), "tokens of a request are on several ranks"),
-    "disaggregation_mode": (("null",), "a request's rows are on two engines"),
-    "enable_two_batch_overlap": ((False,), "both halves of a batch write the same rows"),
-    "speculative_algorithm": ((), "rows of rejected tokens"),
-    "enable_hierarchical_cache": ((False,), "KV that comes back has no experts"),
-    "enable_unified_cache_external_linker": ((False,), "KV that comes back has no experts"),
-    "enable_lmcache": ((False,), "KV that comes back has no experts"),
-    "enable_flexkv": ((False,), "KV that comes back has no experts"),
-    "enable_hisparse": ((False,), "KV that comes back has no experts"),
-    "radix_cache_backend": ((), "it may offload KV"),
-}
-"""Arguments of sglang.Engine that a patched SGLang refuses at start-up: what is allowed beside None, and why."""
+from r3_adapter.sglang.server_arguments import refused_arguments
 
 
 @dataclass(frozen=True)
@@ -189,15 +173,8 @@ def _refusals(request: PlanRequest) -> Iterator[Check]:
 
 def _engine_refusals(request: PlanRequest) -> Iterator[Check]:
     given, clean = request.engines.arguments, True
-    for name, (allowed, why) in ENGINE_REFUSALS.items():
-        value = given.get(name)
-        if value is not None and value not in allowed:
-            clean = False
-            want = " or ".join(repr(each) for each in (*allowed, None))
-            yield Check(f"R3 in the engine: {name}", False, f"{value!r} != {want}: {why}")
-    if (backend := given.get("moe_runner_backend")) in _BYPASSING:
+    for name, why in refused_arguments(given):
         clean = False
-        says = f"{backend!r} != one that takes the router's experts: it chooses them itself"
-        yield Check("R3 in the engine: moe_runner_backend", False, says)
+        yield Check(f"R3 in the engine: {name}", False, why)
     if clean:
         yield Check("R3 in the engine", True, f"refuses none of the {len(given)} SGLang arguments given")

@@ -21,6 +21,7 @@ from r3_adapter.ray.trainer import TrainerGroup
 from r3_adapter.rl.tasks import task_named
 from r3_adapter.runs.log import RunLog
 from r3_adapter.sglang.sampling import check_engine, checked_params
+from r3_adapter.sglang.server_arguments import check_server_arguments
 from r3_adapter.sglang.settings import EngineSettings
 
 _RESTARTS = 3
@@ -67,6 +68,7 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         checked_params(self.sampling_params, place="sampling_params")
+        check_server_arguments(self.engine.engine_arguments(gpu=True))
         check_engine(self.engine.engine_arguments(gpu=True))
         if self.lag and self.policy.replay == "r3" and self.policy.staleness == "refuse":
             raise R3Error(f"rollouts {self.lag} steps ahead have rows of other weights, which staleness refuse refuses")

@@ -33,6 +33,7 @@ from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import VARIABLE
 from r3_adapter.sglang.plugin import check_installed
 from r3_adapter.sglang.sampling import check_engine, checked_all, checked_params, scored_temperature
+from r3_adapter.sglang.server_arguments import check_server_arguments
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import MEMORY, fetch_payload
 
@@ -66,6 +67,7 @@ class Engine:
             check_installed()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         arguments = self.settings.engine_arguments(gpu=gpu)
+        check_server_arguments(arguments)
         check_engine(arguments)
         variables = {} if self.settings.perturb is None else {VARIABLE: str(self.settings.perturb)}
         with ExitStack() as stack, _environment(variables):

@@ -70,12 +70,12 @@ INTERNAL = frozenset(
 GREEDY = 1e-6
 """A temperature below it is greedy sampling to SGLang, which then scores at temperature 1."""
 
-_ARGUMENTS: Mapping[str, str] = {
+ENGINE_REFUSALS: Mapping[str, str] = {
     "preferred_sampling_params": "they belong into the sampling parameters of each request",
     "enable_custom_logit_processor": "what a processor does to the logits no trainer repeats",
     "rl_on_policy_target": "log-probabilities are then of logits that are rounded to bfloat16",
 }
-_SAMPLERS = (None, "flashinfer", "pytorch", "ascend")
+SAMPLERS = (None, "flashinfer", "pytorch", "ascend")
 _ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
 
 
@@ -145,11 +145,11 @@ def check_engine(arguments: Mapping[str, Any]) -> None:
     Raises:
         CaptureError: Names one.
     """
-    for name, reason in _ARGUMENTS.items():
+    for name, reason in ENGINE_REFUSALS.items():
         if arguments.get(name):
             raise CaptureError(f"{name} {arguments[name]!r}: {reason}")
     sampler = arguments.get("sampling_backend")
-    if sampler not in _SAMPLERS:
+    if sampler not in SAMPLERS:
         raise CaptureError(f"sampling_backend {sampler!r}: what a sampler of your own scores is not known")
     if os.environ.get(_ORIGINAL, "").lower() not in ("", "0", "false", "no", "n"):
         raise CaptureError(f"{_ORIGINAL} is set: log-probabilities are then not of the distribution sampled from")

@@ -1,0 +1,157 @@
+"""Every argument of the pinned SGLang is allowed, tested or refused; the guard in the engine refuses what it can."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from r3_adapter.errors import CaptureError
+from r3_adapter.sglang.server_argument_names import ALLOWED, RELEASE, TESTED
+from r3_adapter.sglang.server_arguments import REFUSED, check_server_arguments
+from r3_adapter.sglang.settings import EngineSettings
+
+ROOT = Path(__file__).parents[2]
+
+_SCRIPT = """
+import json, sys
+from types import SimpleNamespace
+from r3_adapter.sglang.cpu import enable_cpu
+enable_cpu()
+import msgspec
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.state_capturer import routed_experts_guard as guard
+
+def refusals(changes):
+    bags = {}
+    for kind in ServerArgs._NAMESPACES:
+        fields = {field.name: field for field in msgspec.structs.fields(kind)}
+        values = {name: field.default for name, field in fields.items() if field.default is not msgspec.NODEFAULT}
+        bag = bags
+        for part in kind._NS_PATH.split("."):
+            bag = bag.setdefault(part, {})
+        bag.update(values | {name: value for name, value in changes.items() if name in fields})
+    def nested(bag):
+        return SimpleNamespace(**{name: nested(x) if isinstance(x, dict) else x for name, x in bag.items()})
+    space = nested(bags)
+    for name in ("disagg", "exec", "memory", "parallel", "spec"):
+        setattr(guard, f"get_{name}", lambda name=name: getattr(space, name))
+    found = [*guard._memory_refusals(), *guard._parallel_refusals()]
+    return [reason for refused, reason in found if refused]
+
+asked = json.load(sys.stdin)
+fields = {field.name: None for field in msgspec.structs.fields(ServerArgs)}
+answers = {name: refusals({name: value}) for name, value in asked.items()}
+print(json.dumps({"fields": list(fields), "none": refusals({}), "answers": answers}))
+"""
+
+VALUES = {"attn_cp_size": 2, "dcp_size": 2, "disaggregation_mode": "prefill", "speculative_algorithm": "EAGLE"}
+VALUES |= {"radix_cache_backend": "mine"}
+OF_MODULES = {"moe_runner_backend"}
+"""What the guard reads off the model's modules."""
+
+
+def _value(name):
+    """Return a value that is refused."""
+    refusal = REFUSED[name]
+    if refusal.refused is not None:
+        return refusal.refused[0]
+    candidates = (VALUES.get(name), True, 3, "x")
+    return next(each for each in candidates if refusal.refuses(each))
+
+
+@pytest.fixture(scope="module")
+def sglang():
+    found = importlib.util.find_spec("sglang")
+    guard = found and Path(found.submodule_search_locations[0], "srt/state_capturer/routed_experts_guard.py")
+    if not guard or not guard.exists():
+        pytest.skip("needs the patched sglang")
+    asked = {name: _value(name) for name, each in REFUSED.items() if each.by == "guard" and name not in OF_MODULES}
+    command = [sys.executable, "-W", "ignore", "-c", _SCRIPT]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"guard": guard}
+
+
+def test_every_argument_of_the_pin_is_in_one_class(sglang):
+    fields = set(sglang["fields"])
+    assert len(fields) == len(sglang["fields"])
+    known = ALLOWED | TESTED | REFUSED.keys()
+    assert fields - known == set(), "read what these do to rows, and put them into server_argument_names.py or REFUSED"
+    assert known - fields == set()
+    assert len(ALLOWED) + len(TESTED) + len(REFUSED) == len(known)
+
+
+def test_the_table_is_of_the_pin():
+    pins = re.findall(r'"sglang==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert set(pins) == {RELEASE}
+    try:
+        assert version("sglang") == RELEASE
+    except PackageNotFoundError:
+        pytest.skip("needs sglang")
+
+
+def test_the_guard_refuses_what_the_table_says_it_does(sglang):
+    assert sglang["none"] == []
+    for name, reasons in sglang["answers"].items():
+        assert len(reasons) == 1, f"{name}: {reasons}"
+        assert name in reasons[0] or "context parallelism" in reasons[0], f"{name}: {reasons}"
+    backends = (sglang["guard"].parents[1] / "layers/moe/utils.py").read_text()
+    assert [name for name in REFUSED["moe_runner_backend"].refused if f'"{name}"' not in backends] == []
+
+
+def test_what_only_the_adapter_refuses_says_why():
+    for name, refusal in REFUSED.items():
+        assert bool(refusal.beside) == (refusal.by == "adapter"), name
+
+
+def test_what_is_called_tested_is_used_by_a_test():
+    files = [*ROOT.glob("tests/**/*.py"), ROOT / "r3_adapter/sglang/settings.py"]
+    text = "".join(path.read_text() for path in files if path != Path(__file__))
+    assert [name for name in TESTED if f'"{name}"' not in text] == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_names_both_operands(name):
+    value = _value(name)
+    with pytest.raises(CaptureError) as raised:
+        check_server_arguments({"dtype": "float32", name: value})
+    assert str(raised.value).startswith(f"SGLang's {name} {value!r} != ")
+    assert str(raised.value).endswith(REFUSED[name].reason)
+    for each in (None, *REFUSED[name].allowed):
+        check_server_arguments({name: each})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"enable_unified_memory": True},
+            "SGLang's enable_unified_memory True != False or None: rows are written at kernel",
+        ),
+        ({"dllm_algorithm": "LowConfidence"}, "SGLang's dllm_algorithm 'LowConfidence' != None: a diffusion model"),
+        ({"moe_runner_backend": "flashinfer_mxfp4"}, "another than 'triton_kernel' or"),
+        (
+            {"json_model_override_args": '{"num_hidden_layers": 2}'},
+            "would not be that of the checkpoint's configuration",
+        ),
+        ({"no_such_flag": 1}, "SGLang's argument 'no_such_flag' is no argument of SGLang 0.5.20"),
+        ({"max_total_token": 1}, "did you mean 'max_total_tokens'?"),
+        ({"tensor_parallel_size": 2}, "'tensor_parallel_size' is no argument of SGLang"),
+        ({"enable_lmcache": "false"}, "'false' != False or None"),
+    ],
+)
+def test_messages(arguments, message):
+    with pytest.raises(CaptureError) as raised:
+        check_server_arguments(arguments)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_engines_own_arguments_are_allowed(gpu):
+    settings = EngineSettings("/models/m", extra={"page_size": 16, "mem_fraction_static": 0.5})
+    check_server_arguments(settings.engine_arguments(gpu=gpu))
