@@ -1,5 +1,6 @@
 """What replay refuses: options that bypass it or lose what it replays, layouts that Megatron trains wrongly."""
 
+import ast
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -8,7 +9,7 @@ from packaging.version import Version
 
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.trace import RoutingTrace
+from r3_adapter.trace import ModelId, RoutingTrace
 
 NEEDED: Mapping[str, tuple[Any, str]] = {
     "moe_router_force_load_balancing": (False, "it replaces the logits by random ones"),
@@ -24,6 +25,7 @@ NEEDED: Mapping[str, tuple[Any, str]] = {
 SELECTS = ("sinkhorn", "quantile_balancing")
 """Kinds of load balancing that select experts themselves."""
 
+_MOST_LAYERS = 1 << 16
 _TP_REPLICAS_MENDED = "0.19"
 """Megatron-core from here on reduces the gradients of experts that tensor-parallel ranks all have."""
 
@@ -47,13 +49,12 @@ def check_layout(layout: ParallelLayout) -> None:
             )
 
 
-def check_router(layer_id: int, router: Any, traces: Sequence[RoutingTrace]) -> None:
-    """Refuse a router that would not follow the traces, or whose model is not theirs.
+def check_config(config: Any, layer_id: int) -> None:
+    """Refuse options that bypass replay or lose what it replays.
 
     Raises:
-        ReplayError: Names the layer and both operands.
+        ReplayError: Names the layer, the option, its value and the one that replay needs.
     """
-    config = router.config
     for name, (want, why) in NEEDED.items():
         found = getattr(config, name, want)
         if found != want:
@@ -65,9 +66,94 @@ def check_router(layer_id: int, router: Any, traces: Sequence[RoutingTrace]) -> 
             f"layer {layer_id}: batch_p2p_comm (True) != False with pp 2 and vpp {chunks}: megatron-core mixes "
             "up the chunks' activations; use overlap_p2p_comm"
         )
-    if any(kind in router.routing_type for kind in SELECTS):
-        raise ReplayError(f"layer {layer_id}: load balancing {router.routing_type!r} selects experts itself")
+
+
+def check_model(model: Any, routers: Mapping[int, Any], traces: Sequence[RoutingTrace]) -> None:
+    """Refuse routers that would not follow the traces, and traces of another model.
+
+    model: a GPTModel; routers: its MoE routers by global layer.
+
+    Raises:
+        ReplayError: Names the layer or the sample, and both operands.
+    """
+    seen = set()
+    for layer_id, router in routers.items():
+        if id(router.config) not in seen:
+            check_config(router.config, layer_id)
+            seen.add(id(router.config))
+        if any(kind in router.routing_type for kind in SELECTS):
+            raise ReplayError(f"layer {layer_id}: load balancing {router.routing_type!r} selects experts itself")
+    config = getattr(model, "config", None) or next(iter(routers.values())).config
+    # The first layer of each shape; a stage without MoE layers has the model's.
+    shapes = {(each.config.num_moe_experts, each.topk): f"layer {layer}" for layer, each in [*routers.items()][::-1]}
+    shapes = shapes or {(config.num_moe_experts, config.moe_router_topk): "the model"}
+    known = {*moe_layers(config), *routers}
+    checked = set()
     for index, trace in enumerate(traces):
-        shape, routes = (config.num_moe_experts, router.topk), (trace.num_experts, trace.topk)
-        if routes != shape:
-            raise ReplayError(f"sample {index}: (experts, top-k) {routes} of its trace != {shape} of layer {layer_id}")
+        routes = (trace.num_experts, trace.topk)
+        if (routes, trace.model) in checked:
+            continue
+        for shape, where in shapes.items():
+            if routes != shape:
+                raise ReplayError(f"sample {index}: (experts, top-k) {routes} of its trace != {shape} of {where}")
+        _check_identity(index, trace.model, config, getattr(model, "vocab_size", None))
+        checked.add((routes, trace.model))
+    # repack refuses traces of other layers than the first one's.
+    layer_ids = traces[0].layer_ids.tolist()
+    if extra := sorted({*layer_ids} - known):
+        raise ReplayError(
+            f"sample 0: layer {extra[0]} of its trace's {len(layer_ids)} MoE layers is none of the "
+            f"model's {len(known)} ({len(extra)} such layers)"
+        )
+
+
+def _check_identity(index: int, identity: ModelId | None, config: Any, vocab_size: int | None) -> None:
+    """Compare what a trace says of its model; Megatron pads the vocabulary."""
+    if identity is None:
+        return
+    for name in ("num_layers", "hidden_size"):
+        if getattr(identity, name) != getattr(config, name):
+            raise ReplayError(
+                f"sample {index}: {name} ({getattr(identity, name)}) of its trace's model != {getattr(config, name)}"
+            )
+    if vocab_size is not None and identity.vocab_size > vocab_size:
+        raise ReplayError(
+            f"sample {index}: vocab_size ({identity.vocab_size}) of its trace's model > {vocab_size}, padding included"
+        )
+
+
+def moe_layers(config: Any) -> list[int]:
+    """Return the global decoder layers (from 0) of the whole model that are MoE layers.
+
+    Raises:
+        ReplayError: A moe_layer_freq that says none.
+
+    Source: megatron/core/models/gpt/gpt_layer_specs.py@0.16.1:get_gpt_decoder_layer_specs;
+        megatron/training/arguments.py@0.19.2:moe_freq_type, for the text.
+    """
+    frequency, number = getattr(config, "moe_layer_freq", 1), config.num_layers
+    pattern = frequency
+    if isinstance(frequency, str):
+        try:
+            pattern = _pattern(ast.parse(frequency, mode="eval").body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError) as error:
+            raise ReplayError(f"moe_layer_freq {frequency!r} is no pattern of layers: {error}") from error
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+        return list(range(0, number, pattern))
+    if not isinstance(pattern, list | tuple) or len(pattern) != number or not {*pattern} <= {0, 1}:
+        raise ReplayError(f"moe_layer_freq {frequency!r} is no pattern of {number} layers")
+    return [layer for layer, moe in enumerate(pattern) if moe]
+
+
+def _pattern(node: ast.expr) -> Any:
+    """Evaluate a number, or lists of numbers that are added and multiplied, as in "[0]*3+[1]*58"."""
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _MOST_LAYERS:
+        return node.value
+    if isinstance(node, ast.List):
+        return [_pattern(each) for each in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        left, right = _pattern(node.left), _pattern(node.right)
+        found = left + right if isinstance(node.op, ast.Add) else left * right
+        if isinstance(found, list) and len(found) < _MOST_LAYERS:
+            return found
+    raise ValueError(f"{ast.unparse(node)!r} is none")

@@ -14,11 +14,13 @@ import torch
 from r3_adapter.arena import Arena
 from r3_adapter.errors import R3Error, ReplayError, TraceError, check_choice
 from r3_adapter.layout import Packing, ParallelLayout
-from r3_adapter.megatron.checks import check_layout, check_router
+from r3_adapter.megatron.checks import check_layout, check_model
+from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
 from r3_adapter.repack import LIVE, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
 _MESSAGE_BYTES = 1024
+_CUT = b" ..."
 _Made = TypeVar("_Made")
 
 Staleness = Literal["refuse", "live", "keep"]
@@ -76,6 +78,7 @@ def prepare_step(
 
     def make() -> list[list[ReplayBatch]]:
         check_choice("staleness", staleness, Staleness, ReplayError)
+        _check_step(chunks, micro_batches)
         return [
             [
                 prepare(
@@ -97,20 +100,33 @@ def prepare_step(
     return agreed(make)
 
 
+def _check_step(chunks: object, micro_batches: object) -> None:
+    for name, each, kind in (("chunks", chunks, "model chunks"), ("micro_batches", micro_batches, "StepInput")):
+        if not isinstance(each, Sequence | torch.nn.ModuleList) or not len(each):
+            says = "none" if isinstance(each, Sequence) else f"a {type(each).__name__}, not a sequence"
+            raise ReplayError(f"{name}: {says} of {kind}")
+    for index, each in enumerate(cast(Sequence[object], micro_batches)):
+        if not isinstance(each, StepInput):
+            raise ReplayError(f"micro-batch {index}: a {type(each).__name__} is not a StepInput")
+
+
 def agreed(make: Callable[[], _Made]) -> _Made:
     """Return what `make` makes, or raise on all ranks if it raises on one; every rank must call it.
 
     Raises:
-        ReplayError: Names each rank whose `make` has raised, and what.
+        ReplayError: Names each rank whose `make` has raised, and what. A rank that was interrupted raises that instead,
+            once the others have heard of it.
     """
     problem, cause, made = "", None, None
     try:
         made = make()
-    except Exception as error:  # Whatever it is, the other ranks must hear of it.
-        problem, cause = f"{type(error).__name__}: {error}", error
+    except BaseException as error:  # Whatever it is, the other ranks must hear of it.
+        problem, cause = _told(error), error
     try:
         agree(problem)
     except ReplayError as told:
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause from told
         raise told from cause
     return cast(_Made, made)
 
@@ -123,18 +139,47 @@ def agree(problem: str) -> None:
     Raises:
         ReplayError: Names each rank with a problem, and what it said.
     """
+    _rank()
     device = torch.device("cpu") if torch.distributed.get_backend() == "gloo" else torch.cuda.current_device()
+    # All that can fail comes before the first collective: a rank that fails between two leaves the others waiting.
+    own = torch.tensor(list(_message(problem)), dtype=torch.uint8, device=device)
     flag = torch.tensor([bool(problem)], dtype=torch.int32, device=device)
+    everybody = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())] if problem else []
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     if not flag.item():
         return
-    text = problem.encode()[:_MESSAGE_BYTES]
-    own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=device)
-    own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
-    everybody = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    everybody = everybody or [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everybody, own)
     said = [bytes(found.tolist()).rstrip(b"\0").decode(errors="replace") for found in everybody]
     raise ReplayError("; ".join(f"rank {rank}: {message}" for rank, message in enumerate(said) if message))
+
+
+def _message(problem: str) -> bytes:
+    """Return a problem's bytes, padded with 0; what has no place in them is escaped, what is too long is cut."""
+    text = problem.replace("\0", "\\0").encode(errors="backslashreplace")
+    if len(text) > _MESSAGE_BYTES:
+        # Not in the middle of a character.
+        text = text[: _MESSAGE_BYTES - len(_CUT)].decode(errors="ignore").encode() + _CUT
+    return text.ljust(_MESSAGE_BYTES, b"\0")
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's type and message; an error may fail to say its own."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException as other:
+        return f"{type(error).__name__}, whose message raised {type(other).__name__}"
+
+
+def _rank() -> int:
+    """Return this process's rank.
+
+    Raises:
+        ReplayError: There is no process group.
+    """
+    if not torch.distributed.is_initialized():
+        raise ReplayError("no process group: replay needs torch.distributed.init_process_group, also on one rank")
+    return torch.distributed.get_rank()
 
 
 def current_layout() -> ParallelLayout:
@@ -164,8 +209,15 @@ def moe_routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]
     """Yield the global decoder layer (from 0) and the router of each MoE layer of a GPTModel, wrapped or not.
 
     Layers of multi-token prediction are not among them: routers there see no route.
+
+    Raises:
+        ReplayError: It is no GPTModel.
     """
-    for layer in unwrapped(chunk).decoder.layers:
+    model = unwrapped(chunk)
+    layers = getattr(getattr(model, "decoder", None), "layers", None)
+    if layers is None:
+        raise ReplayError(f"a {type(model).__name__} has no decoder layers: give prepare a GPTModel, wrapped or not")
+    for layer in layers:
         if layer.is_moe_layer:
             yield layer.layer_number - 1, layer.mlp.router
 
@@ -203,17 +255,19 @@ def prepare(
             position, and both operands.
     """
     check_choice("staleness", staleness, Staleness, ReplayError)
-    layout = layout or current_layout()
+    check_inputs(traces, tokens, packing, weight_version)
+    rank, layout = _rank(), layout or current_layout()
     check_layout(layout)
     routers = dict(moe_routers(chunk))
-    for layer_id, router in routers.items():
-        check_router(layer_id, router, traces)
-    if packing is None:
-        packing = Packing.padded(num_samples=len(traces), seq_length=tokens.shape[1] * layout.cp)
-    rank, input_ids = torch.distributed.get_rank(), tokens.cpu().numpy()
+    check_model(unwrapped(chunk), routers, traces)
+    check_device(tokens, next((router.weight for router in routers.values() if hasattr(router, "weight")), None))
     try:
+        if packing is None:
+            packing = Packing.padded(num_samples=len(traces), seq_length=tokens.shape[1] * layout.cp)
+        check_shape(tokens, packing, layout.cp)
         if weight_version is not None and staleness == "refuse":
             _refuse_stale(traces, weight_version)
+        input_ids = tokens.cpu().numpy()
         routes = repack(
             traces,
             packing,
@@ -225,7 +279,11 @@ def prepare(
             arena=arena,
         )
     except R3Error as error:
-        raise type(error)(f"rank {rank}, {place}: {error}") from error
+        says = str(error).removeprefix(f"rank {rank}: ")
+        if isinstance(error, TraceError) and packing is not None and layout.cp > 1:
+            cut = name_cut(traces, tokens.cpu().numpy(), packing, layout, layout.coords(rank).cp_rank)
+            says = f"{cut} ({says})" if cut else says
+        raise type(error)(f"rank {rank}, {place}: {says}") from error
     stale = _stale_rows(routes, weight_version)
     if staleness == "live":
         routes.topk_ids[:, stale] = LIVE
