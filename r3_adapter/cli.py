@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r3_adapter import arguments, patching
-from r3_adapter.errors import LayoutError, R3Error
+from r3_adapter.errors import LayoutError, PatchError, R3Error
 from r3_adapter.patching import Outcome, State
 
 if TYPE_CHECKING:
@@ -129,25 +129,28 @@ def _add_site(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(args: argparse.Namespace) -> int:
-    _report(patching.apply(args.distributions, site=args.site), "applied")
-    return 0
+    return _report(*patching.each(patching.apply, args.distributions, site=args.site), "applied")
 
 
 def _revert(args: argparse.Namespace) -> int:
-    _report(patching.revert(args.distributions, site=args.site), "reverted")
-    return 0
+    return _report(*patching.each(patching.revert, args.distributions, site=args.site), "reverted")
 
 
-def _report(outcomes: Sequence[Outcome], done: str) -> None:
+def _report(outcomes: Sequence[Outcome], refusals: Sequence[PatchError], done: str) -> int:
     for outcome in outcomes:
         did = f"{done}, {len(outcome.changed)} files changed" if outcome.changed else f"already {done}, nothing to do"
-        print(f"{outcome.distribution} {outcome.version}: {did}")
+        print(f"{outcome.distribution} {outcome.version}".rstrip() + f": {did}")
+    for refusal in refusals:
+        print(f"r3: {refusal}", file=sys.stderr)
+    return 2 if refusals else 0
 
 
 def _status(args: argparse.Namespace) -> int:
     for found in patching.status(args.distributions, site=args.site):
         installed, pinned = found.installed or "-", ", ".join(found.pinned) or "-"
-        print(f"{found.distribution}: {found.state} (installed: {installed}; pinned: {pinned})")
+        said = f"{found.distribution}: {found.state} (installed: {installed}; pinned: {pinned})"
+        todo = found.reason or patching.advice(found)
+        print(f"{said}: {todo}" if todo else said)
     return 0
 
 

@@ -1,19 +1,20 @@
 """Apply, revert and verify the patch series on installed packages.
 
-A file is read further only when its hash is one that the lock pins; all results are computed and checked in memory
-before the first byte is written.
+A file is changed only when its hash is one that the lock or the record of what was applied pins; all results are
+computed and checked in memory before the first byte is written.
 """
 
 import re
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from importlib.metadata import Distribution, distributions
+from dataclasses import dataclass, replace
+from importlib.metadata import Distribution
 from pathlib import Path
 
 from r3_adapter.errors import PatchError
+from r3_adapter.installed import Kind, State, Status, advice, explain, find, inspect, read_files, site_of
+from r3_adapter.record import Note, Record, journal_path, record_path
 from r3_adapter.series import (
     LOCK_NAME,
     Contents,
@@ -31,31 +32,12 @@ from r3_adapter.series import (
     upstream_tests,
     write_lock,
 )
-from r3_adapter.transaction import Change, commit, exclusive
+from r3_adapter.transaction import Change, commit, exclusive, journal, lock_path
 
+__all__ = ["Outcome", "State", "Status", "advice", "apply", "each", "explain", "lock", "revert", "status"]
 
-class State(StrEnum):
-    """How an installed distribution stands to its series."""
-
-    APPLIED = "applied"
-    NOT_APPLIED = "not applied"
-    MIXED = "mixed"
-    EDITED = "edited"
-    NOT_INSTALLED = "not installed"
-    NOT_PINNED = "version not pinned"
-
-
-@dataclass(frozen=True)
-class Status:
-    """What was found of a distribution; contents are the touched files' bytes, None for no file."""
-
-    distribution: str
-    state: State
-    pinned: tuple[str, ...]
-    installed: str = ""
-    site: Path | None = None
-    series: Series | None = None
-    contents: Mapping[str, bytes | None] = field(default_factory=dict, repr=False)
+# The states that a distribution can be brought to either end from; the others are somebody else's doing.
+MOVABLE = (State.APPLIED, State.NOT_APPLIED, State.OTHER, State.HALF, State.LEFTOVER)
 
 
 @dataclass(frozen=True)
@@ -77,21 +59,44 @@ def status(names: Sequence[str] = (), *, site: Path | None = None, root: Path | 
     wanted = dict.fromkeys(_canonical(name) for name in names) or pins
     for name in wanted:
         _check_known(pins, name)
-    return [_inspect(name, pins[name], site) for name in wanted]
+    if site is not None and not site.is_dir():
+        raise PatchError(f"{site}: not a folder")
+    return [inspect(name, pins[name], site) for name in wanted]
 
 
 def apply(names: Sequence[str] = (), *, site: Path | None = None, root: Path | None = None) -> list[Outcome]:
     """Patch the named distributions, by default all pinned ones that are installed: all of them or none.
 
+    One that another series patched, or that an interrupted run left half patched, is brought to this series. Files that
+    earlier patches added and a new installation left are taken away.
+
     Raises:
-        PatchError: One is missing, of a version without a series, edited or half patched; nothing is changed.
+        PatchError: One is missing, of a version without a series, or has a file of somebody else's; nothing is changed.
     """
     return _move(State.APPLIED, names, site, root)
 
 
 def revert(names: Sequence[str] = (), *, site: Path | None = None, root: Path | None = None) -> list[Outcome]:
-    """Restore the released bytes: the exact inverse of apply, with the same refusals."""
+    """Restore the released bytes: the exact inverse of apply, with the same refusals.
+
+    Where no version is installed that the patches are for, what earlier ones left is taken away.
+    """
     return _move(State.NOT_APPLIED, names, site, root)
+
+
+def each(
+    move: Callable[..., list[Outcome]], names: Sequence[str] = (), *, site: Path | None = None
+) -> tuple[list[Outcome], list[PatchError]]:
+    """Apply or revert one distribution after the other, so that one's refusal does not keep the others from it."""
+    goal = State.APPLIED if move is apply else State.NOT_APPLIED
+    outcomes: list[Outcome] = []
+    refusals: list[PatchError] = []
+    for chosen in _choose(goal, names, site, None):
+        try:
+            outcomes += move([chosen.distribution], site=site)
+        except PatchError as error:
+            refusals.append(error)
+    return outcomes, refusals
 
 
 def lock(name: str, version: str, *, site: Path | None = None, root: Path | None = None) -> Series:
@@ -103,13 +108,13 @@ def lock(name: str, version: str, *, site: Path | None = None, root: Path | None
     root, name = root or patches_root(), _canonical(name)
     tables = read_lock(root)
     _check_known(tables, name)
-    installed = _find(name, site)
+    installed = find(name, site)
     if installed is None or installed.version != version:
         found = "none" if installed is None else installed.version
         raise PatchError(f"{name}: installed version ({found}) != version to lock ({version})")
     series = make_series(root, name, version, {**tables[name], "versions": {}})
     patches = read_patches(series)
-    before = _read(_site_of(installed), touched(series, patches))
+    before = read_files(site_of(installed), touched(series, patches))
     _check_pristine(installed, before)
     after = patched(series, patches, before)
     upstream_tests(series, patches)
@@ -122,93 +127,115 @@ def lock(name: str, version: str, *, site: Path | None = None, root: Path | None
     return replace(series, files=files)
 
 
-def explain(status: Status) -> str:
-    """Say what was found and, where that stops apply and revert, which versions or files do."""
-    pinned = ", ".join(status.pinned) or "no version yet"
-    if status.state is State.NOT_INSTALLED:
-        return f"{status.distribution}: not installed (patches are for {pinned})"
-    head = f"{status.distribution} {status.installed}: {status.state}"
-    if status.state is State.NOT_PINNED:
-        return f"{head}: installed {status.installed} != {pinned}, which the patches are for"
-    if status.series is None or status.state in (State.APPLIED, State.NOT_APPLIED):
-        return head
-    found = {path: digest(data) for path, data in status.contents.items()}
-    pins = status.series.files
-    if status.state is State.MIXED:
-        new = ", ".join(path for path in pins if found[path] == pins[path].after)
-        old = ", ".join(path for path in pins if found[path] == pins[path].before)
-        return f"{head}: only some files are patched; reinstall it\n  patched: {new}\n  not patched: {old}"
-    edits = [
-        f"\n  {path}: sha256 {found[path]} != {pin.before} (released), != {pin.after} (patched)"
-        for path, pin in pins.items()
-        if found[path] not in (pin.before, pin.after)
-    ]
-    return f"{head}: neither released nor patched by this series; undo the edit or reinstall it{''.join(edits)}"
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done to a distribution: its files and its record, and what the journal says meanwhile."""
+
+    changes: Sequence[Change] = ()
+    journal: tuple[Path, bytes] | None = None
 
 
 def _move(goal: State, names: Sequence[str], site: Path | None, root: Path | None) -> list[Outcome]:
     """Bring distributions to a state."""
-    chosen = _choose(names, site, root)
-    if all(status.state is goal for status in chosen):
+    chosen = _choose(goal, names, site, root)
+    if all(_is_done(status, goal) and not lock_path(_site(status)).exists() for status in chosen):
         # No lock needed, so this also works where one may not write, as in an image that was built patched.
         return [Outcome(status.distribution, status.installed, ()) for status in chosen]
     with ExitStack() as stack:
         for folder in sorted({status.site for status in chosen if status.site}):
             stack.enter_context(exclusive(folder))
-        chosen = _choose(names, site, root)
+        chosen = _choose(goal, names, site, root)
         plans = [_plan(status, goal) for status in chosen]
-        commit([change for plan in plans for change in plan])
+        for plan in plans:
+            if plan.journal:
+                stack.enter_context(journal(*plan.journal, plan.changes))
+        commit([change for plan in plans for change in plan.changes])
     return [
-        Outcome(status.distribution, status.installed, tuple(str(change.path) for change in plan))
+        Outcome(status.distribution, status.installed, _changed(status, plan))
         for status, plan in zip(chosen, plans, strict=True)
     ]
 
 
-def _choose(names: Sequence[str], site: Path | None, root: Path | None) -> list[Status]:
+def _changed(status: Status, plan: _Plan) -> tuple[str, ...]:
+    paths = {_site(status) / path for path in status.contents}
+    return tuple(str(change.path) for change in plan.changes if change.old != change.new and change.path in paths)
+
+
+def _choose(goal: State, names: Sequence[str], site: Path | None, root: Path | None) -> list[Status]:
+    """Return the named distributions; by default those that are installed, or of which something is left to revert."""
     found = status(names, site=site, root=root)
-    chosen = found if names else [status for status in found if status.state is not State.NOT_INSTALLED]
+    missing = State.NOT_INSTALLED
+    chosen = [status for status in found if names or status.state is not missing or _is_litter(status, goal)]
     if not chosen:
         raise PatchError("; ".join(explain(status) for status in found) or "no distribution has a series")
     return chosen
 
 
-def _inspect(name: str, pins: Sequence[Series], site: Path | None) -> Status:
-    versions = tuple(series.version for series in pins)
-    installed = _find(name, site)
-    if installed is None:
-        return Status(name, State.NOT_INSTALLED, versions)
-    place, version = _site_of(installed), installed.version
-    series = next((series for series in pins if series.version == version), None)
-    if series is None:
-        return Status(name, State.NOT_PINNED, versions, version, place)
-    contents = _read(place, series.files)
-    return Status(name, _state(series, contents), versions, version, place, series, contents)
+def _is_litter(status: Status, goal: State) -> bool:
+    """Say whether revert can take something away although no version is there that the patches are for."""
+    gone = status.state in (State.NOT_INSTALLED, State.NOT_PINNED) and goal is State.NOT_APPLIED
+    return gone and (status.begun or bool(status.leftovers) or _record(status).exists())
 
 
-def _state(series: Series, contents: Contents) -> State:
-    found = [(digest(contents[path]), pin) for path, pin in series.files.items()]
-    if any(have not in (pin.before, pin.after) for have, pin in found):
-        return State.EDITED
-    if all(have == pin.before for have, pin in found):
-        return State.NOT_APPLIED
-    return State.APPLIED if all(have == pin.after for have, pin in found) else State.MIXED
+def _is_done(status: Status, goal: State) -> bool:
+    return status.state is goal and (goal is State.APPLIED or not _record(status).exists())
 
 
-def _plan(status: Status, goal: State) -> list[Change]:
+def _plan(status: Status, goal: State) -> _Plan:
     """Compute and check the new bytes of a distribution's files; nothing for one that is as it should be."""
-    if status.state is goal:
-        return []
-    if status.state not in (State.APPLIED, State.NOT_APPLIED) or status.series is None or status.site is None:
+    if _is_done(status, goal):
+        return _Plan()
+    if status.state not in MOVABLE and not _is_litter(status, goal):
         raise PatchError(explain(status))
-    patches = read_patches(status.series)
-    change = patched if goal is State.APPLIED else unpatched
-    result = change(status.series, patches, status.contents)
-    for path, pin in status.series.files.items():
+    series, pins = status.series, status.series.files if status.series else {}
+    result = released = _released(status)
+    if series and goal is State.APPLIED:
+        result = released | patched(series, read_patches(series), {path: released[path] for path in pins})
+    for path, pin in pins.items():
         want, have = pin.after if goal is State.APPLIED else pin.before, digest(result[path])
         if have != want:
             raise PatchError(f"{status.distribution} {status.installed}: {path}: result {have} != {want} of the lock")
-        _check_inside(status.site, path)
-    return [Change(status.site / path, status.contents[path], result[path]) for path in status.series.files]
+    changes = [Change(_site(status) / path, data, result[path]) for path, data in status.contents.items()]
+    for path in status.contents:
+        _check_inside(_site(status), path)
+    # The record comes last: as long as a file is as another series made it, that series' record is there.
+    record = _record(status)
+    old = read_files(record.parent, [record.name])[record.name]
+    after = {path: Note(released[path], frozenset({pin.after})) for path, pin in pins.items()}
+    new = Record(status.installed, after).to_bytes() if goal is State.APPLIED else None
+    changes.append(Change(record, old, new))
+    return _Plan(changes, (journal_path(_site(status), status.distribution), _on_the_way(status, released).to_bytes()))
+
+
+def _released(status: Status) -> Contents:
+    """Return the released bytes of all files: what others than this series did is in their record."""
+    contents, series = dict(status.contents), status.series
+    if series:
+        contents |= unpatched(series, read_patches(series), {path: contents[path] for path in series.files})
+    others = [path for path, kind in status.kinds.items() if kind is Kind.OTHER]
+    return contents | {path: status.notes[path].released for path in others}
+
+
+def _on_the_way(status: Status, released: Contents) -> Record:
+    """Return what may be found if the change is stopped: the released bytes, what is there now, what is to be."""
+    notes = {}
+    for path, data in released.items():
+        ours = {digest(status.contents[path])}
+        if status.series and path in status.series.files:
+            ours.add(status.series.files[path].after)
+        if path in status.notes:
+            ours |= status.notes[path].ours
+        notes[path] = Note(data, frozenset(ours - {digest(data)}))
+    return Record(status.installed, notes)
+
+
+def _site(status: Status) -> Path:
+    assert status.site is not None
+    return status.site
+
+
+def _record(status: Status) -> Path:
+    return record_path(_site(status), status.distribution)
 
 
 def _canonical(name: str) -> str:
@@ -218,33 +245,6 @@ def _canonical(name: str) -> str:
 def _check_known(tables: Mapping[str, object], name: str) -> None:
     if name not in tables:
         raise PatchError(f"{name}: no such distribution in {LOCK_NAME}, only {', '.join(tables)}")
-
-
-def _find(name: str, site: Path | None) -> Distribution | None:
-    if site is not None and not site.is_dir():
-        raise PatchError(f"{site}: not a folder")
-    found = list(distributions(name=name) if site is None else distributions(name=name, path=[str(site)]))
-    # The first on the path is the one that is imported; two in one folder cannot be told apart.
-    versions = {other.version for other in found if _site_of(other) == _site_of(found[0])}
-    if len(versions) > 1:
-        raise PatchError(f"{name}: {_site_of(found[0])} has the metadata of several versions: {sorted(versions)}")
-    return found[0] if found else None
-
-
-def _site_of(installed: Distribution) -> Path:
-    return Path(str(installed.locate_file("")))
-
-
-def _read(site: Path, paths: Iterable[str]) -> Contents:
-    contents: Contents = {}
-    for path in paths:
-        try:
-            contents[path] = (site / path).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            contents[path] = None
-        except OSError as error:
-            raise PatchError(f"{site / path}: cannot be read: {error.strerror}") from error
-    return contents
 
 
 def _check_inside(site: Path, path: str) -> None:

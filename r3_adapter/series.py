@@ -157,13 +157,14 @@ def touched(series: Series, patches: Iterable[Patch]) -> list[str]:
 
 def patched(series: Series, patches: Iterable[Patch], contents: Mapping[str, bytes | None]) -> Contents:
     """Return the contents with all patches applied in order."""
-    return _run(series, [diff for patch in patches for diff in patch.diffs], contents)
+    return _run(_installed(series, patches, contents), contents)
 
 
 def unpatched(series: Series, patches: Iterable[Patch], contents: Mapping[str, bytes | None]) -> Contents:
-    """Return the contents with all patches taken back, the last first."""
-    diffs = [diff for patch in patches for diff in patch.diffs]
-    return _run(series, [diff.inverse() for diff in reversed(diffs)], contents)
+    """Return the contents with all patches taken back, the last first, from those that are as patched."""
+    diffs = _installed(series, patches, contents)
+    done = {path for path, data in contents.items() if digest(data) == series.files[path].after}
+    return _run([(path, diff.inverse()) for path, diff in reversed(diffs) if path in done], contents)
 
 
 def upstream_tests(series: Series, patches: Iterable[Patch]) -> dict[str, bytes]:
@@ -195,13 +196,19 @@ def digest(data: bytes | None) -> str:
     return ABSENT if data is None else hashlib.sha256(data).hexdigest()
 
 
-def _run(series: Series, diffs: Iterable[FileDiff], contents: Mapping[str, bytes | None]) -> Contents:
-    result = dict(contents)
-    for diff in diffs:
-        path = site_path(series, diff)
-        if path is None:
-            continue
-        if path not in result:
+def _installed(
+    series: Series, patches: Iterable[Patch], contents: Mapping[str, bytes | None]
+) -> list[tuple[str, FileDiff]]:
+    """Return the diffs of installed files, each with its path in site-packages."""
+    found = [(site_path(series, diff), diff) for patch in patches for diff in patch.diffs]
+    for path, diff in found:
+        if path is not None and path not in contents:
             raise PatchError(f"{diff.place}: not in {LOCK_NAME}; run `r3 patch lock`")
+    return [(path, diff) for path, diff in found if path is not None]
+
+
+def _run(diffs: Iterable[tuple[str, FileDiff]], contents: Mapping[str, bytes | None]) -> Contents:
+    result = dict(contents)
+    for path, diff in diffs:
         result[path] = apply_diff(diff, result[path])
     return result

@@ -1,5 +1,6 @@
 """Make patches the way that their authors do: with git."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -7,6 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+
+SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
+made = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(made)
 
 DiffTrees = Callable[[Mapping[str, bytes], Mapping[str, bytes]], bytes]
 
@@ -34,3 +39,9 @@ def diff_trees(tmp_path_factory: pytest.TempPathFactory) -> DiffTrees:
 
     git("init", "--quiet")
     return lambda old, new: git("diff-tree", "-r", "-p", "--text", write_tree(old), write_tree(new))
+
+
+@pytest.fixture
+def world(tmp_path: Path, diff_trees: DiffTrees) -> made.World:
+    """Two installed, locked, unpatched distributions; alpha has two patches and a test, beta a prefix upstream."""
+    return made.make_world(tmp_path, diff_trees)
