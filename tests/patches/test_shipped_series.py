@@ -11,6 +11,7 @@ import pytest
 from r3_adapter import patching
 from r3_adapter.patchfile import trailers
 from r3_adapter.patching import State
+from r3_adapter.record import record_path
 from r3_adapter.series import (
     LOCK_NAME,
     Series,
@@ -39,12 +40,13 @@ def released(series: Series, tmp_path: Path) -> Path:
     if installed.version != series.version:
         pytest.skip(f"{series.distribution} {series.version} is not installed, but {installed.version}")
     metadata = [str(file) for file in installed.files or () if file.parts[0].endswith(".dist-info")]
-    for path in [*metadata, *series.files]:
+    record = record_path(Path(), series.distribution)
+    for path in [*metadata, record, *series.files]:
         source, target = Path(str(installed.locate_file(path))), tmp_path / "site" / path
         if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    if patching.status([series.distribution], site=tmp_path / "site")[0].state is State.APPLIED:
+    if patching.status([series.distribution], site=tmp_path / "site")[0].state is not State.NOT_APPLIED:
         patching.revert([series.distribution], site=tmp_path / "site")
     return tmp_path / "site"
 
