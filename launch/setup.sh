@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes a virtual environment with the pinned engines, builds the package, applies the patches.
-# Does nothing where that is done already and nothing that it depends on has changed.
+# Does nothing where that is done already and nothing that it depends on has changed; else brings it there from whatever state it is in.
 #
 # PYTHON: the interpreter, which decides on Megatron-core's pin: 0.19.2 from Python 3.12 on, in .venv-3.12, .venv-3.13 and so on; 0.16.1
 # before, in .venv.
@@ -36,21 +36,40 @@ r3_install() {
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     # torch first and alone: everything after it must take what is there.
     $pip "$TORCH"
-    # A series may have changed: take back what an older one did before pip or the new one looks at the files.
-    if [ -x "$VENV/bin/r3" ]; then "$VENV/bin/r3" patch revert >/dev/null 2>&1 || $pip --force-reinstall --no-deps "$SGLANG" "$MEGATRON"; fi
     $pip --constraint <(echo "$TORCH") --editable ".[$extras,report,rl,test]"
     # Without a GPU, SGLang's CUDA dependencies are left out; docs/install.md names them.
     if [ "$extras" = cpu ]; then $pip --no-deps "$SGLANG"; fi
+    r3_patch
+}
+
+r3_patch() {
     r3_say "patching the engines"
-    "$VENV/bin/r3" patch apply
+    "$VENV/bin/r3" patch apply sglang megatron-core && return
+    r3_say "installing the engines again"
+    r3_replace_engines
+    "$VENV/bin/r3" patch apply sglang megatron-core
+}
+
+# pip leaves what it did not install: set that aside, whoever made it, and the metadata that a stopped pip may have damaged.
+r3_replace_engines() {
+    local site kept path
+    "$VENV/bin/python" -m pip uninstall --quiet --disable-pip-version-check --yes sglang megatron-core || true
+    site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    kept=$(mktemp -d "$VENV/set-aside-$(date +%F)-XXXX")
+    for path in "$site"/{sglang,megatron/core} "$site"/{sglang,megatron_core}-*.{dist,egg}-info "$site"/{,.}r3-patch-*; do
+        if [ -e "$path" ]; then mv "$path" "$kept/"; fi
+    done
+    r3_say "what was left of them is in $kept"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "$SGLANG" "$MEGATRON"
 }
 
 r3_setup() {
     local want
     want=$(r3_fingerprint)
-    if [ "$(cat "$VENV/.r3-setup" 2>/dev/null)" != "$want" ]; then
+    if [ "$(cat "$VENV/.r3-setup" 2>/dev/null)" != "$want" ] || ! "$VENV/bin/r3" patch verify sglang megatron-core >/dev/null 2>&1; then
+        rm -f "$VENV/.r3-setup"
         r3_install
         echo "$want" >"$VENV/.r3-setup"
     fi
-    "$VENV/bin/r3" patch verify >&2
+    "$VENV/bin/r3" patch verify sglang megatron-core >&2
 }

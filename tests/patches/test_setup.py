@@ -1,0 +1,82 @@
+"""launch/setup.sh gets the engines to the right state whatever was done to the installed ones."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from r3_adapter import patching
+from r3_adapter.patching import State
+from r3_adapter.record import record_path
+
+REPO = Path(__file__).parents[2]
+ENGINES = ("sglang", "megatron-core")
+
+pytestmark = pytest.mark.megatron
+
+
+def write_wheel(name: str, folder: Path, wheels: Path) -> str:
+    """Make a wheel of the released files that the series touches; return its requirement."""
+    installed = importlib.metadata.distribution(name)
+    (found,) = patching.status([name])
+    site = folder / name
+    for path in (record_path(Path(), name), *found.contents):
+        if (found.site / path).exists():
+            (site / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found.site / path, site / path)
+    info = f"{name.replace('-', '_')}-{installed.version}.dist-info"
+    (site / info).mkdir()
+    (site / info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {installed.version}\n")
+    (site / info / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: r3\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    patching.revert([name], site=site)
+    files = [path for path in site.rglob("*") if path.is_file()]
+    (site / info / "RECORD").write_text(
+        "".join(f"{path.relative_to(site)},,\n" for path in files) + f"{info}/RECORD,,\n"
+    )
+    with zipfile.ZipFile(wheels / f"{info.removesuffix('.dist-info')}-py3-none-any.whl", "w") as wheel:
+        for path in (*files, site / info / "RECORD"):
+            wheel.write(path, path.relative_to(site))
+    return f"{name}=={installed.version}"
+
+
+KNOWN = all(found.state not in (State.NOT_PINNED, State.NOT_INSTALLED) for found in patching.status(ENGINES))
+
+
+@pytest.mark.skipif(not KNOWN, reason="other engines are installed")
+def test_engines_are_patched_from_any_state(tmp_path: Path) -> None:
+    venv, wheels = tmp_path / "venv", tmp_path / "wheels"
+    wheels.mkdir()
+    sglang, megatron = (write_wheel(name, tmp_path, wheels) for name in ENGINES)
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    code = "import sys; from r3_adapter.cli import main; sys.exit(main(sys.argv[1:]))"
+    (venv / "bin/r3").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@" --site {site}\n')
+    (venv / "bin/r3").chmod(0o755)
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PYTHON": sys.executable}
+    script = (
+        f"set -euo pipefail; source {REPO}/launch/setup.sh; VENV={venv} SGLANG={sglang} MEGATRON={megatron}; r3_patch"
+    )
+
+    def patch() -> str:
+        ran = subprocess.run(["bash", "-c", script], env=env, check=True, capture_output=True, text=True)
+        assert [found.state for found in patching.status(ENGINES, site=site)] == [State.APPLIED, State.APPLIED]
+        return ran.stderr
+
+    assert "installing the engines again" in patch()  # there were none
+    assert "again" not in patch()
+    added = site / "sglang/srt/state_capturer/routed_experts_compact.py"
+    added.write_text("# of somebody else\n")
+    record_path(site, "sglang").write_text(json.dumps({"version": 1}))
+    (site / "megatron/core/transformer/moe/router.py").unlink()
+    for file in site.glob("megatron_core-*/*"):
+        file.unlink()
+    patch()
+    (kept,) = venv.glob("set-aside-*/sglang/srt/state_capturer")
+    assert (kept / added.name).read_text() == "# of somebody else\n"
+    assert "again" not in patch()
