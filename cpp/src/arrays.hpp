@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "r3/segments.hpp"
 #include "r3/text.hpp"
@@ -140,6 +141,12 @@ inline View<Segment const, 1> view_segments(pybind11::handle object, Name const&
   auto table = view<std::int64_t const, 2>(object, name);
   check_length(name, table.shape[1], "sample, pos, length, row, stride", 5);
   return {reinterpret_cast<Segment const*>(table.data), {table.shape[0]}, table.owner};
+}
+
+// Copies what decides where is read and written: the array itself may change while the GIL is released.
+template <class T>
+std::vector<std::remove_const_t<T>> copy_of(View<T, 1> const& view) {
+  return {view.data, view.data + view.shape[0]};
 }
 
 inline std::size_t check_num_threads(std::int64_t num_threads) {

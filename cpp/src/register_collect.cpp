@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -25,8 +26,13 @@ struct Request {
   std::int64_t num_threads;
 };
 
-// Keeps arrays alive while the lists that they came from may change.
-using Owners = std::vector<py::array>;
+// Keeps arrays alive while the lists that they came from may change, and what must not change.
+struct Owners {
+  std::vector<py::array> arrays;
+  std::deque<std::vector<std::int32_t>> versions;
+  std::deque<std::vector<std::int64_t>> layers;
+  std::deque<std::vector<Segment>> segments;
+};
 
 template <class Id>
 void add_shard(CollectJob<Id>& job, Owners& owners, Request const& request, std::size_t i) {
@@ -42,11 +48,11 @@ void add_shard(CollectJob<Id>& job, Owners& owners, Request const& request, std:
     check_length(name, array.shape[0], "layer_indices", layers.shape[0]);
     check_length(Name(name.array, i, " dimension 1"), array.shape[1], "row_versions", versions.shape[0]);
     check_length(Name(name.array, i, " dimension 2"), array.shape[2], "topk_ids[0]", job.topk);
-    owners.push_back(array.owner);
+    owners.arrays.push_back(array.owner);
     return array.data;
   });
-  job.shards.push_back({ids, versions.span(), layers.span(), segments.span()});
-  owners.insert(owners.end(), {versions.owner, layers.owner, segments.owner});
+  job.shards.push_back({ids, owners.versions.emplace_back(copy_of(versions)),
+                        owners.layers.emplace_back(copy_of(layers)), owners.segments.emplace_back(copy_of(segments))});
 }
 
 template <class Id>
@@ -62,7 +68,7 @@ void add_sample(CollectJob<Id>& job, Owners& owners, Request const& request, std
   check_length(Name(name.array, i, " dimension 1"), ids.shape[1], "layer_ids", job.layer_ids.size());
   check_length(Name(name.array, i, " dimension 2"), ids.shape[2], "topk_ids[0]", job.topk);
   job.samples.push_back({ids.data, versions.span()});
-  owners.insert(owners.end(), {ids.owner, versions.owner});
+  owners.arrays.insert(owners.arrays.end(), {ids.owner, versions.owner});
 }
 
 template <class Id>

@@ -70,18 +70,18 @@ void add_trace(RepackJob<Id, Out>& job, Inputs<Id>& inputs, Request const& reque
 template <class Id, class Out>
 void repack_typed(Request const& request) {
   auto out = view<Out, 3>(request.out, "out");
-  auto layers = view<std::int64_t const, 1>(request.layer_indices, "layer_indices");
+  auto const layers = copy_of(view<std::int64_t const, 1>(request.layer_indices, "layer_indices"));
   auto versions = view<std::int32_t, 1>(request.row_versions, "row_versions");
-  auto segments = view_segments(request.segments, "segments");
-  check_length("out", out.shape[0], "layer_indices", layers.shape[0]);
+  auto const segments = copy_of(view_segments(request.segments, "segments"));
+  check_length("out", out.shape[0], "layer_indices", layers.size());
   check_length("row_versions", versions.shape[0], "out", out.shape[1]);
   check_experts<Id>(request.num_experts, out.shape[2]);
   if (request.ep_size < 1) {
     refuse("ep_size (", request.ep_size, ") < 1");
   }
   RepackJob<Id, Out> job{.traces = {},
-                         .segments = segments.span(),
-                         .layer_indices = layers.span(),
+                         .segments = segments,
+                         .layer_indices = layers,
                          .num_layers = 0,
                          .topk = out.shape[2],
                          .num_experts = static_cast<std::size_t>(request.num_experts),
@@ -95,7 +95,7 @@ void repack_typed(Request const& request) {
                          .stream_from = request.stream_from};
   if (request.counts) {
     auto counts = view<std::int64_t, 2>(*request.counts, "counts");
-    check_length("counts", counts.shape[0], "layer_indices", layers.shape[0]);
+    check_length("counts", counts.shape[0], "layer_indices", layers.size());
     check_length("counts dimension 1", counts.shape[1], "num_experts", job.num_experts);
     job.counts = counts.data;
   }

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "arrays.hpp"
 #include "r3/set_rows.hpp"
@@ -21,8 +22,8 @@ std::size_t as_size(std::int64_t number, char const* name) {
 }
 
 template <class Id>
-SetShape shape_of(View<Id, 3> const& ids, View<std::int32_t const, 1> const& versions, std::int64_t num_experts) {
-  check_length("version_ids", versions.shape[0], "topk_ids", ids.shape[0]);
+SetShape shape_of(View<Id, 3> const& ids, std::vector<std::int32_t> const& versions, std::int64_t num_experts) {
+  check_length("version_ids", versions.size(), "topk_ids", ids.shape[0]);
   check_experts<std::remove_const_t<Id>>(num_experts, ids.shape[2]);
   SetShape const shape{ids.shape[0], ids.shape[1], ids.shape[2], static_cast<std::size_t>(num_experts)};
   check_set_size(shape.num_experts, shape.topk);
@@ -37,14 +38,15 @@ void encode_into(py::array const& topk_ids, py::array const& version_ids, std::i
                  py::array const& codes) {
   with_trace_dtype(topk_ids, "topk_ids", [&]<class Id>() {
     auto ids = view<Id const, 3>(topk_ids, "topk_ids");
-    auto versions = view<std::int32_t const, 1>(version_ids, "version_ids");
+    // Which rows are coded decides how much is written.
+    auto const versions = copy_of(view<std::int32_t const, 1>(version_ids, "version_ids"));
     auto out = view<std::uint8_t, 1>(codes, "codes");
     SetShape const shape = shape_of(ids, versions, num_experts);
-    std::size_t const num_rows = count_captured(versions.span()) * shape.num_layers;
+    std::size_t const num_rows = count_captured(versions) * shape.num_layers;
     check_length("codes", out.shape[0], "the captured rows' codes",
                  set_bytes(num_rows, set_bits(shape.num_experts, shape.topk)));
     py::gil_scoped_release unlocked;
-    encode_sets(shape, ids.data, versions.span(), std::as_writable_bytes(out.span()));
+    encode_sets(shape, ids.data, versions, std::as_writable_bytes(out.span()));
   });
 }
 
@@ -52,11 +54,12 @@ void decode_into(py::array const& codes, py::array const& version_ids, std::int6
                  py::array const& topk_ids) {
   with_trace_dtype(topk_ids, "topk_ids", [&]<class Id>() {
     auto in = view<std::uint8_t const, 1>(codes, "codes");
-    auto versions = view<std::int32_t const, 1>(version_ids, "version_ids");
+    // Which rows are coded decides how much is written.
+    auto const versions = copy_of(view<std::int32_t const, 1>(version_ids, "version_ids"));
     auto ids = view<Id, 3>(topk_ids, "topk_ids");
     SetShape const shape = shape_of(ids, versions, num_experts);
     py::gil_scoped_release unlocked;
-    decode_sets(shape, std::as_bytes(in.span()), versions.span(), ids.data);
+    decode_sets(shape, std::as_bytes(in.span()), versions, ids.data);
   });
 }
 

@@ -63,7 +63,8 @@ struct Run {
 };
 
 // Finds what lies in a chunk of rows: where the ids of each row are, which version it has, and whether the micro-batch
-// has the same token there. Nothing is kept of rows outside of the chunk.
+// has the same token there. Nothing is kept of rows outside of the chunk. The arrays of the traces may change
+// meanwhile: versions are kept as they were read once.
 template <class Id, class Out>
 class ChunkReader {
  public:
@@ -104,8 +105,12 @@ class ChunkReader {
     if (padding) {
       place_padding(last - first);
     }
+    std::copy_n(versions_.begin(), last - first, job_.row_versions + first);
     return {sources_.data(), last - first};
   }
+
+  // The version of each row of the chunk that was read last.
+  std::span<std::int32_t const> versions() const { return versions_; }
 
  private:
   // How many tokens of a segment its trace has.
@@ -135,15 +140,16 @@ class ChunkReader {
     std::size_t const step = job_.num_layers * job_.topk;
     Id const* ids = trace.ids + run.pos * step;
     std::int32_t const* versions = trace.versions + run.pos;
-    std::int32_t* row_versions = job_.row_versions + run.row;
+    std::int32_t* row_versions = versions_.data() + (run.row - first_);
     Id const** sources = sources_.data() + (run.row - first_);
     bool twice = false;
     std::int32_t lowest = 0;
     for (std::size_t i = 0; i < run.count; ++i) {
       twice |= sources[i * stride] != nullptr;
       sources[i * stride] = ids + i * step;
-      row_versions[i * stride] = versions[i];
-      lowest = std::min(lowest, versions[i]);
+      std::int32_t const version = versions[i];
+      row_versions[i * stride] = version;
+      lowest = std::min(lowest, version);
     }
     if (lowest < 0 || !trace.version_map.empty()) {
       rename_versions(run, trace);
@@ -153,11 +159,11 @@ class ChunkReader {
 
   void rename_versions(Run const& run, Trace<Id> const& trace) {
     for (std::size_t i = 0; i < run.count; ++i) {
-      std::size_t const row = run.row + i * run.stride;
-      std::int32_t& version = job_.row_versions[row];
+      std::size_t const row = run.row + i * run.stride - first_;
+      std::int32_t& version = versions_[row];
       if (version < 0) {
         version = kLive;
-        sources_[row - first_] = walk_.data();
+        sources_[row] = walk_.data();
       } else if (!trace.version_map.empty()) {
         if (static_cast<std::size_t>(version) >= trace.version_map.size()) {
           refuse("version (", version, ") of sample ", run.sample, ", token ", run.pos + i, " is not one of ",
@@ -192,22 +198,25 @@ class ChunkReader {
                " != ", expected[i * run.stride], " of the micro-batch at local row ", run.row + i * run.stride);
       }
     }
+    if (different != 0) {
+      refuse("tokens of the trace of sample ", run.sample, " changed while they were compared");
+    }
   }
 
   bool pad_run(Run const& run) {
     bool twice = false;
     for (std::size_t i = 0; i < run.count; ++i) {
-      std::size_t const row = run.row + i * run.stride;
-      twice |= sources_[row - first_] != nullptr;
-      sources_[row - first_] = walk_.data();
-      job_.row_versions[row] = kPadding;
+      std::size_t const row = run.row + i * run.stride - first_;
+      twice |= sources_[row] != nullptr;
+      sources_[row] = walk_.data();
+      versions_[row] = kPadding;
     }
     return twice;
   }
 
   void place_padding(std::size_t num_rows) {
     for (std::size_t i = 0; i < num_rows; ++i) {
-      if (job_.row_versions[first_ + i] == kPadding) {
+      if (versions_[i] == kPadding) {
         sources_[i] = walk_.data() + padding_at_;
         padding_at_ = (padding_at_ + job_.topk) % job_.num_experts;
       }
@@ -220,6 +229,7 @@ class ChunkReader {
   std::size_t padding_at_;
   std::size_t first_ = 0;
   std::array<Id const*, kRows> sources_;
+  std::array<std::int32_t, kRows> versions_;
 };
 
 }  // namespace r3

@@ -21,6 +21,7 @@ namespace r3 {
 using AnyIds = std::variant<std::uint8_t const*, std::uint16_t const*, std::int16_t const*, std::int32_t const*,
                             std::int64_t const*>;
 
+// The versions say which rows have a place, so they must not change while a job runs; ids may.
 struct Shard {
   AnyIds ids;                                   // [M_shard, T, K]
   std::span<std::int32_t const> row_versions;   // [T]; >= 0, kLive or kPadding
@@ -162,8 +163,9 @@ class ShardCopier {
       In const* in = ids_ + (m * places_.size() + first) * job_.topk;
       bool wrong = false;
       for (std::size_t i = 0; i < rows.size() * job_.topk; ++i) {
-        wrong |= is_wrong(in[i]);
-        ids[i] = static_cast<Id>(in[i]);
+        In const id = in[i];  // read once: what is written is what was looked at
+        wrong |= is_wrong(id);
+        ids[i] = static_cast<Id>(id);
       }
       if (wrong) {
         check_replayed(first, versions, in, layer);

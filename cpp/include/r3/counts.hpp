@@ -7,6 +7,7 @@
 #include <span>
 #include <type_traits>
 
+#include "r3/once.hpp"
 #include "r3/segments.hpp"
 #include "r3/text.hpp"
 
@@ -21,9 +22,10 @@ void count_experts(Id const* ids, std::span<std::int32_t const> versions, std::s
     for (std::size_t row = 0; row < versions.size(); ++row, ids += topk) {
       for (std::size_t k = 0; k < topk && versions[row] != kLive; ++k) {
         // As an unsigned number a negative id is too large.
-        auto const id = static_cast<std::make_unsigned_t<Id>>(ids[k]);
+        Id const read = read_once(ids[k]);
+        auto const id = static_cast<std::make_unsigned_t<Id>>(read);
         if (id >= num_experts) {
-          refuse("id (", +ids[k], ") of local layer ", layer, ", row ", row, " is outside 0 to num_experts (",
+          refuse("id (", +read, ") of local layer ", layer, ", row ", row, " is outside 0 to num_experts (",
                  num_experts, ") - 1");
         }
         ++counts[id];

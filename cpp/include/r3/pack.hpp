@@ -36,8 +36,9 @@ void pack_plain(Id const* const* sources, std::size_t num_rows, std::size_t offs
   for (std::size_t row = 0; row < num_rows; ++row, out += k) {
     Id const* ids = sources[row] + offset;
     for (std::size_t i = 0; i < k; ++i) {
-      out[i] = static_cast<Out>(ids[i]);
-      most = std::max(most, ids[i]);
+      Id const id = ids[i];  // read once: what is written is what was looked at
+      out[i] = static_cast<Out>(id);
+      most = std::max(most, id);
     }
   }
   largest.add(most);

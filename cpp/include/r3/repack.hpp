@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -38,6 +39,9 @@ inline std::vector<LayerRun> runs_of_layers(std::span<std::int64_t const> layer_
   return runs;
 }
 
+// Counts that a layer has room for: a power of two, so that no id leads out of them.
+inline std::size_t count_slots(std::size_t num_experts) { return std::bit_ceil(num_experts); }
+
 // Packs chunk after chunk in blocks of rows, layer after layer: a token's ids of all layers lie together in a trace and
 // far apart in the output, so a block is small enough to stay in the cache until its last layer is packed.
 template <class Id, class Out>
@@ -67,7 +71,7 @@ class RowCopier {
       std::size_t const last = std::min(end, first + kGrain);
       auto const sources = reader.read(first, last);
       for (std::size_t at = 0; at < sources.size(); at += block_) {
-        copy_block(sources, at, std::min(sources.size(), at + block_), first, stage, counts);
+        copy_block(sources, reader.versions(), at, std::min(sources.size(), at + block_), first, stage, counts);
       }
     }
     finish_stores();
@@ -78,10 +82,10 @@ class RowCopier {
 
   Out* row_of(std::size_t m, std::size_t row) const { return job_.out + (m * job_.num_rows + row) * job_.topk; }
 
-  void copy_block(std::span<Id const* const> sources, std::size_t begin, std::size_t end, std::size_t first,
-                  std::vector<Out>& stage, std::int64_t* counts) const {
+  void copy_block(std::span<Id const* const> sources, std::span<std::int32_t const> all_versions, std::size_t begin,
+                  std::size_t end, std::size_t first, std::vector<Out>& stage, std::int64_t* counts) const {
     std::size_t const count = end - begin;
-    auto const versions = std::span(job_.row_versions + first + begin, count);
+    auto const versions = all_versions.subspan(begin, count);
     std::array<Id const*, kMostRowsOfBlock> replaced;
     Id const* const* from = &sources[begin];
     bool const mixed = has_row_without_route(versions);
@@ -106,7 +110,7 @@ class RowCopier {
         fetch(sources, begin + next + kRowsAhead);
       }
       if (counts != nullptr && largest.value() < job_.num_experts) {
-        count_rows(sources.subspan(begin, count), versions, offset, counts + m * job_.num_experts);
+        count_rows(sources.subspan(begin, count), versions, offset, counts + m * count_slots(job_.num_experts));
       }
     }
     if (largest.value() >= job_.num_experts) {
@@ -173,10 +177,14 @@ class RowCopier {
 
   void count_rows(std::span<Id const* const> sources, std::span<std::int32_t const> versions, std::size_t offset,
                   std::int64_t* counts) const {
+    // Ids were looked at, but may have changed since.
+    std::size_t const mask = count_slots(job_.num_experts) - 1, topk = job_.topk;
     for (std::size_t i = 0; i < sources.size(); ++i) {
-      Id const* ids = sources[i] + (versions[i] >= 0 ? offset : 0);
-      for (std::size_t k = 0; k < job_.topk && versions[i] != kLive; ++k) {
-        ++counts[ids[k]];
+      if (versions[i] != kLive) {
+        Id const* ids = sources[i] + (versions[i] >= 0 ? offset : 0);
+        for (std::size_t k = 0; k < topk; ++k) {
+          ++counts[ids[k] & mask];
+        }
       }
     }
   }
@@ -208,6 +216,7 @@ void RowCopier<Id, Out>::refuse_ids(std::span<Id const* const> sources, std::spa
       }
     }
   }
+  refuse("an id >= num_experts (", job_.num_experts, ") changed while it was looked for");
 }
 
 template <class Id, class Out>
@@ -228,7 +237,8 @@ void repack(RepackJob<Id, Out> const& job) {
   auto const walk = padding_walk<Id>(job.num_experts, job.ep_size, job.topk);
   auto const order = order_by_row(job.segments, job.traces.size(), job.num_rows);
   RowCopier<Id, Out> const copy(job, order, walk);
-  std::size_t const num_counts = job.counts == nullptr ? 0 : job.layer_indices.size() * job.num_experts;
+  std::size_t const num_slots = count_slots(job.num_experts);
+  std::size_t const num_counts = job.counts == nullptr ? 0 : job.layer_indices.size() * num_slots;
   std::vector<std::vector<std::int64_t>> counts(job.num_threads, std::vector<std::int64_t>(num_counts));
   constexpr std::size_t kGrain = RowCopier<Id, Out>::kGrain;
   in_parallel((job.num_rows + kGrain - 1) / kGrain, job.num_threads,
@@ -237,9 +247,15 @@ void repack(RepackJob<Id, Out> const& job) {
                      job.counts == nullptr ? nullptr : counts[worker].data());
               });
   for (std::size_t i = 0; i < num_counts; ++i) {
-    job.counts[i] = 0;
+    std::int64_t sum = 0;
     for (auto const& part : counts) {
-      job.counts[i] += part[i];
+      sum += part[i];
+    }
+    std::size_t const layer = i / num_slots, expert = i % num_slots;
+    if (expert < job.num_experts) {
+      job.counts[layer * job.num_experts + expert] = sum;
+    } else if (sum != 0) {
+      refuse("an id >= num_experts (", job.num_experts, ") was written while ids were packed");
     }
   }
 }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "r3/once.hpp"
 #include "r3/topk.hpp"
 
 namespace r3 {
@@ -104,7 +105,8 @@ class RowCheck {
   std::uint64_t by_last_row(Id const* row) {
     ++row_number_;
     for (std::size_t k = 0; k < topk_; ++k) {
-      if (row[k] >= num_experts_ || std::exchange(last_row_[row[k]], row_number_) == row_number_) {
+      std::size_t const id = read_once(row[k]);
+      if (id >= num_experts_ || std::exchange(last_row_[id], row_number_) == row_number_) {
         return 1;
       }
     }
@@ -142,7 +144,8 @@ std::optional<std::pair<std::size_t, std::size_t>> find_bad_row_of(Id const* ids
       any |= wrong(token, layer);
     }
     for (std::size_t layer = 0; any != 0 && layer < num_layers; ++layer) {
-      if (wrong(token, layer) != 0) {
+      // The last one is named too if none is wrong any more, since somebody writes them.
+      if (wrong(token, layer) != 0 || layer + 1 == num_layers) {
         return std::pair(token, layer);
       }
     }
