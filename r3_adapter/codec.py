@@ -12,16 +12,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save
 
 from r3_adapter import _core
-from r3_adapter.errors import TraceError
+from r3_adapter.errors import TraceError, show
+from r3_adapter.frozen import freeze
 from r3_adapter.trace import RoutingTrace, check_one_model, ids_dtype, model_metadata, read_model
-from r3_adapter.wire import read_tensors
+from r3_adapter.wire import Data, parse_json, read_tensors, whole_number, write_tensors
 
 FORMAT = "r3.routing_set/1"
-MAX_BYTES = 1 << 36
-"""What decoded ids may take at most by default: bytes of a small message can ask for any amount."""
+MOST_GROWTH = 256
+"""How many times the size of a message its traces may take, unless the reader says otherwise: a message of a few bytes
+can ask for any amount. A group of 64 samples with a long prompt takes about 100 times as much."""
+_FREE_BYTES = 1 << 20
+"""What they may take in any case."""
+
+_TOKEN_BYTES = 8
+"""Of a token's id and version."""
 
 _TENSORS = ("codes", "layer_ids", "num_shared", "num_tokens", "places", "token_ids", "version_ids")
 
@@ -31,7 +37,7 @@ def encode(trace: RoutingTrace) -> bytes:
     return encode_all([trace])
 
 
-def decode(data: bytes | memoryview, *, place: str = "trace", max_bytes: int = MAX_BYTES) -> RoutingTrace:
+def decode(data: Data, *, place: str = "trace", max_bytes: int | None = None) -> RoutingTrace:
     """Return the trace of a wire form that holds just one; see `decode_all`.
 
     Raises:
@@ -57,7 +63,8 @@ def encode_all(traces: Sequence[RoutingTrace]) -> bytes:
         layer_ids: [M] int32.
 
     Raises:
-        TraceError: no traces, traces of several models, or K > 16 or E > 1024.
+        TraceError: no traces, traces of several models, K > 16 or E > 1024, or more traces, versions or tokens that are
+            alike than `decode_all` takes from one message.
     """
     if not traces:
         raise TraceError("no traces to encode")
@@ -88,11 +95,16 @@ def encode_all(traces: Sequence[RoutingTrace]) -> bytes:
         "digests": json.dumps([trace.digest() for trace in ordered]),
         **model_metadata(first.model),
     }
-    return save(tensors, metadata)
+    data = write_tensors(tensors, metadata)
+    grown = _num_grown_bytes(sum(trace.num_tokens for trace in traces), len(version_ids), first.topk_ids)
+    _check_growth(grown, len(data))
+    return data
 
 
-def decode_all(data: bytes | memoryview, *, place: str = "traces", max_bytes: int = MAX_BYTES) -> list[RoutingTrace]:
+def decode_all(data: Data, *, place: str = "traces", max_bytes: int | None = None) -> list[RoutingTrace]:
     """Return the traces of a wire form in their order, with the ids of each row sorted.
+
+    max_bytes: what their ids may take at most; default: MOST_GROWTH times the message for ids and tokens.
 
     Raises:
         TraceError: bytes that are no wire form, traces whose digests differ or whose ids would take more than
@@ -100,29 +112,32 @@ def decode_all(data: bytes | memoryview, *, place: str = "traces", max_bytes: in
     """
     arrays, metadata = read_tensors(data, place, FORMAT, _TENSORS)
     try:
-        return _Decoder(arrays, dict(metadata), max_bytes).traces()
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        return _Decoder(arrays, dict(metadata), memoryview(data).nbytes, max_bytes).traces()
+    except KeyError as error:
+        raise TraceError(f"{place}: no {error.args[0]} in the header") from error
+    except ValueError as error:
         raise TraceError(f"{place}: {error}") from error
 
 
 class _Decoder:
-    """The checked parts of a wire form; anything wrong raises ValueError, KeyError, TypeError or RecursionError."""
+    """The checked parts of a wire form; anything wrong raises ValueError, an entry that is not there KeyError."""
 
-    def __init__(self, arrays: dict[str, npt.NDArray[Any]], metadata: dict[str, str], max_bytes: int) -> None:
+    def __init__(
+        self, arrays: dict[str, npt.NDArray[Any]], metadata: dict[str, str], size: int, max_bytes: int | None
+    ) -> None:
         for name, array in arrays.items():
             want = np.dtype(np.uint8 if name == "codes" else np.int32)
             if array.ndim != 1 or array.dtype != want:
                 raise TraceError(f"{name}: {array.dtype} of {array.ndim} dimensions != {want} of 1")
         self.arrays = {name: np.require(array, requirements=["C", "A"]) for name, array in arrays.items()}
-        self.num_experts, self.topk = int(metadata["num_experts"]), int(metadata["topk"])
+        self.num_experts, self.topk = (whole_number(metadata[name], name) for name in ("num_experts", "topk"))
         self.bits = _core.set_bits(self.num_experts, self.topk)
-        self.tables = json.loads(metadata["weight_versions"])
-        self.digests = json.loads(metadata["digests"])
+        self.tables, self.digests = (parse_json(metadata[name], name) for name in ("weight_versions", "digests"))
         self.model = read_model(metadata)
         self.num_tokens, self.num_shared = self.arrays["num_tokens"].tolist(), self.arrays["num_shared"].tolist()
-        self._check(max_bytes)
+        self._check(size, max_bytes)
 
-    def _check(self, max_bytes: int) -> None:
+    def _check(self, message_size: int, max_bytes: int | None) -> None:
         count, rests = len(self.num_tokens), len(self.arrays["token_ids"])
         lengths = {name: len(self.arrays[name]) for name in ("num_shared", "places")}
         for name, parts in (("weight_versions", self.tables), ("digests", self.digests)):
@@ -138,14 +153,17 @@ class _Decoder:
             if not 0 <= have <= min(total, before):
                 raise TraceError(f"num_shared ({have}) of {total} tokens outside 0 to {before} of the trace before")
             if not (isinstance(self.tables[number], list) and all(isinstance(v, str) for v in self.tables[number])):
-                raise TraceError(f"weight_versions {self.tables[number]!r} are not a list of strings")
+                raise TraceError(f"weight_versions {show(self.tables[number])} are not a list of strings")
         if (found := sum(self.num_tokens) - sum(self.num_shared)) != rests or len(self.arrays["version_ids"]) != rests:
             raise TraceError(
                 f"token_ids and version_ids: lengths {rests}, {len(self.arrays['version_ids'])} != {found}"
             )
         size = self.topk * len(self.arrays["layer_ids"]) * ids_dtype(self.num_experts).itemsize
-        if (total := (sum(self.num_tokens) + rests) * size) > max_bytes:
-            raise TraceError(f"{total} bytes of ids > max_bytes ({max_bytes})")
+        total = sum(self.num_tokens) + rests
+        if max_bytes is None:
+            _check_growth(total * (size + _TOKEN_BYTES), message_size)
+        elif total * size > max_bytes:
+            raise TraceError(f"{total * size} bytes of ids > max_bytes ({max_bytes})")
 
     def traces(self) -> list[RoutingTrace]:
         dtype, rests = ids_dtype(self.num_experts), len(self.arrays["token_ids"])
@@ -156,6 +174,7 @@ class _Decoder:
             num_experts=self.num_experts,
             topk_ids=topk_ids,
         )
+        topk_ids = freeze(topk_ids)
         traces: list[RoutingTrace] = []
         at = 0
         for number, (total, shared) in enumerate(zip(self.num_tokens, self.num_shared, strict=True)):
@@ -167,7 +186,7 @@ class _Decoder:
                 parts = _joined(traces[-1], shared, table, parts)
             trace = RoutingTrace(*parts, self.arrays["layer_ids"], self.num_experts, table, self.model)
             if (found := trace.digest()) != self.digests[number]:
-                raise TraceError(f"digest {found} of trace {number} != {self.digests[number]!r}")
+                raise TraceError(f"digest {found} of trace {number} != {show(self.digests[number])}")
             traces.append(trace)
         places = self.arrays["places"].tolist()
         return [trace for _, trace in sorted(zip(places, traces, strict=True), key=lambda pair: pair[0])]
@@ -177,21 +196,36 @@ Parts = tuple[npt.NDArray[Any], npt.NDArray[np.int32], npt.NDArray[np.int32]]
 """topk_ids, token_ids, version_ids."""
 
 
+def _num_grown_bytes(num_tokens: int, num_rest: int, topk_ids: npt.NDArray[Any]) -> int:
+    """Return what traces take while they are decoded: all tokens, and once more those that are not shared."""
+    row = topk_ids.shape[1] * topk_ids.shape[2] * topk_ids.itemsize
+    return int((num_tokens + num_rest) * (row + _TOKEN_BYTES))
+
+
+def _check_growth(num_bytes: int, message_size: int) -> None:
+    if num_bytes > (most := MOST_GROWTH * message_size + _FREE_BYTES):
+        raise TraceError(
+            f"ids and tokens of {num_bytes} bytes > {most}, which is {MOST_GROWTH} times a message of {message_size} "
+            f"bytes and {_FREE_BYTES} more"
+        )
+
+
 def _joined(before: RoutingTrace, shared: int, table: tuple[str, ...], parts: Parts) -> Parts:
     """Return the first tokens of a trace, with versions of another table, and what follows them."""
     version_ids = _renamed(before, table)[:shared]
     if np.any((version_ids < 0) & before.captured[:shared]):
-        raise TraceError(f"a shared token has a version that is none of {table}")
+        raise TraceError(f"a shared token has a version that is none of {show(table)}")
     return (
-        np.concatenate([before.topk_ids[:shared], parts[0]]),
-        np.concatenate([before.token_ids[:shared], parts[1]]),
-        np.concatenate([version_ids, parts[2]]),
+        freeze(np.concatenate([before.topk_ids[:shared], parts[0]])),
+        freeze(np.concatenate([before.token_ids[:shared], parts[1]])),
+        freeze(np.concatenate([version_ids, parts[2]])),
     )
 
 
 def _renamed(trace: RoutingTrace, table: tuple[str, ...]) -> npt.NDArray[np.int32]:
     """Return the trace's version_ids in another table; -1 where a version is not in it."""
-    places = [table.index(version) if version in table else -1 for version in trace.weight_versions]
+    first = {version: place for place, version in reversed(list(enumerate(table)))}
+    places = [first.get(version, -1) for version in trace.weight_versions]
     return np.array([*places, -1], dtype=np.int32)[trace.version_ids]
 
 
@@ -209,9 +243,7 @@ def _num_shared(before: RoutingTrace, trace: RoutingTrace) -> int:
 
 def _sorted_ids(trace: RoutingTrace) -> RoutingTrace:
     """Return the trace as it comes back: with the ids of each row sorted."""
-    topk_ids = np.sort(trace.topk_ids, axis=2)
-    topk_ids.flags.writeable = False
-    return replace(trace, topk_ids=topk_ids)
+    return replace(trace, topk_ids=freeze(np.sort(trace.topk_ids, axis=2)))
 
 
 def _num_code_bytes(version_ids: npt.NDArray[np.int32], num_layers: int, num_experts: int, topk: int) -> int:

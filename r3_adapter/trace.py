@@ -165,17 +165,16 @@ class RoutingTrace:
         return write_tensors({name: getattr(self, name) for name in _RANKS}, metadata)
 
     @classmethod
-    def from_bytes(cls, data: Data, *, place: str = "trace", needs_check: bool = True) -> "RoutingTrace":
+    def from_bytes(cls, data: Data, *, place: str = "trace") -> "RoutingTrace":
         """Read the wire form; an engine writes a checksum, everybody else a digest.
 
         data: the arrays are views of it if nothing can change it, as bytes; what else can is copied.
-        needs_check: whether one of both must be there.
 
         Raises:
             TraceError: bytes that are no trace, or whose digest or checksum differs or is missing; names `place`.
         """
         arrays, metadata = read_tensors(data, place, FORMAT, _RANKS)
-        if needs_check and not metadata.keys() & {"checksum", "digest"}:
+        if not metadata.keys() & {"checksum", "digest"}:
             raise TraceError(f"{place}: neither a checksum nor a digest in the header")
         for name in ("num_experts", "weight_versions"):
             if name not in metadata:

@@ -126,12 +126,13 @@ def parse_json(text: str | bytes, place: str) -> Any:
 
 
 def whole_number(text: str, place: str) -> int:
-    """Return the whole number from 0 that a text is, in plain digits.
+    """Return the whole number that a text is, in plain digits.
 
     Raises:
         TraceError: another text.
     """
-    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
         raise TraceError(f"{place} {show(text)} is not a whole number")
     return int(text)
 

@@ -11,6 +11,8 @@ from r3_adapter.errors import CaptureError, TraceError, show
 from r3_adapter.trace import RoutingTrace, concatenate
 from r3_adapter.wire import as_buffer, read_header
 
+_POSITIONS = {"start", "sampled_start", "previous_row", "last_row"}
+
 
 @dataclass(frozen=True, eq=False)
 class Computation:
@@ -40,7 +42,7 @@ def read_computations(payload: bytes | memoryview, *, place: str = "payload") ->
     """Read a payload of format safetensors; one computation, or more if the request was retracted.
 
     Raises:
-        TraceError: It is malformed.
+        TraceError: It is malformed, or its checksum is missing or another.
 
     Source: patches/sglang: srt/state_capturer/routed_experts_safetensors.py
     """
@@ -49,7 +51,10 @@ def read_computations(payload: bytes | memoryview, *, place: str = "payload") ->
         where = f"{place}, computation {len(found)}" if found else place
         header = read_header(buffer[at:], where)
         size, metadata = header.stop, header.metadata
-        trace = RoutingTrace.from_bytes(buffer[at : at + size], place=where, needs_check=False)
+        # A digest is of the trace alone: it does not say where in the sample the trace lies.
+        if "checksum" not in metadata and metadata.keys() & _POSITIONS:
+            raise TraceError(f"{where}: no checksum in the header")
+        trace = RoutingTrace.from_bytes(buffer[at : at + size], place=where)
         found.append(
             Computation(
                 trace,

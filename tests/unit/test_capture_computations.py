@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
 
 from r3_adapter.errors import CaptureError, R3Error, TraceError
 from r3_adapter.sglang.capture import computations_from_reply, trace_from_reply
@@ -15,6 +14,7 @@ from r3_adapter.sglang.computation import Computation, join_turns, read_computat
 from r3_adapter.sglang.engine import samples_of
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace
+from r3_adapter.wire import write_tensors
 
 TOKENS = [11, 12, 13, 21, 22, 23, 24, 25]
 PROMPT, OUTPUT = TOKENS[:3], TOKENS[3:]
@@ -31,11 +31,11 @@ def _trace(start: int, stop: int, *, seed: int = 0, version: str = "v1", tokens:
 
 
 def _payload(trace: RoutingTrace, **metadata: str) -> bytes:
-    """What the engine writes: no digest."""
+    """What the engine writes: a checksum, no digest."""
     arrays = {name: getattr(trace, name) for name in ("topk_ids", "token_ids", "version_ids", "layer_ids")}
     versions = json.dumps(trace.weight_versions)
     known = {"format": "r3.routing_trace/1", "num_experts": str(trace.num_experts), "weight_versions": versions}
-    return save(arrays, {**known, **metadata})
+    return write_tensors(arrays, {**known, "checksum": "", **metadata})
 
 
 def _reply(payload: bytes, output: list[int] = OUTPUT, reason: str = "length") -> dict[str, Any]:
@@ -83,6 +83,12 @@ def test_a_retracted_request_is_split_into_samples_if_asked_for() -> None:
         (_payload(_trace(0, 5)), "reply: routes of 5 tokens != 8 tokens of the sample"),
         (_payload(_trace(2, 8), start="2"), r"reply: routes from token \[2\] != 0, where they were asked to start"),
         (_payload(_trace(0, 8), start="x"), "reply: start 'x' is not a position"),
+        (_payload(_trace(0, 8)).replace(b'"checksum"', b'"checksam"'), "reply: neither a checksum nor a digest"),
+        (_twice().replace(b'"sampled_start":"5"', b'"sampled_start":"6"'), "reply, computation 1: checksum .* != "),
+        (
+            _payload(_trace(0, 8), digest=_trace(0, 8).digest(), start="0").replace(b'"checksum"', b'"checksam"'),
+            "reply: no checksum in the header",
+        ),
         (_payload(_trace(0, 8, tokens=[*TOKENS[:5], 99, 24, 25])), "routes of token id 99 != 23 .* at token 5"),
     ],
 )

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
 
 from r3_adapter.errors import CaptureError
 from r3_adapter.sglang.conversation import converse
 from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.wire import write_tensors
 
 PROMPT, FOLLOW_UPS = [11, 12, 13], [[31, 32], [41]]
 PARAMS = {"max_new_tokens": 2}
@@ -42,7 +42,7 @@ class FakeEngine:
         if start:
             metadata |= {"start": str(start), "previous_row": f"{engine}:{start - 1}"}
         arrays = {"topk_ids": rows, "token_ids": np.array(tokens[start:], np.int32), "version_ids": versions}
-        payload = save({**arrays, "layer_ids": np.array([1], np.int32)}, metadata)
+        payload = write_tensors({**arrays, "layer_ids": np.array([1], np.int32)}, {**metadata, "checksum": ""})
         pairs = [[-0.5, token, None] for token in output]
         info = {"routed_experts": payload, "finish_reason": {"type": "length"}, "output_token_logprobs": pairs}
         return [{"output_ids": output, "meta_info": info}]
