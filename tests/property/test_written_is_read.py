@@ -66,7 +66,7 @@ def test_more_than_a_reader_takes_is_not_written() -> None:
         many(1, versions=100_000)[0].to_bytes()
     with pytest.raises(TraceError, match=r"header of \d+ bytes > 1048576; its weight_versions are too many"):
         encode(many(1, versions=100_000)[0])
-    alike = many(2000, num_tokens=3000)
+    alike = many(2000, num_tokens=5000)
     with pytest.raises(
         TraceError, match=r"ids and tokens of \d+ bytes > \d+, which is 256 times a message of \d+ bytes"
     ):
