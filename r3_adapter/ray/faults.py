@@ -16,6 +16,10 @@ class RankLost(R3Error):
     """A rank of the trainer died, hung or failed; the others may wait for it without end."""
 
 
+class EngineLost(Exception):
+    """A process of a rollout engine has ended: whatever the engine is asked, it will not answer."""
+
+
 def reason(error: BaseException) -> str:
     """Return the kind of an error and what it says: of one that a task raised, that one's.
 

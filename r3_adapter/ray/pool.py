@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from r3_adapter.errors import R3Error
-from r3_adapter.ray.faults import reason
+from r3_adapter.ray.faults import EngineLost, cause_of, reason
 from r3_adapter.ray.rollout import Group, Rollout, RolloutActor
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.settings import EngineSettings
@@ -21,7 +21,7 @@ OnEvent = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class _Asked:
-    """A group that an engine works on; life: which of the engine's lives was asked."""
+    """A group that an engine works on, or will; life: which of the engine's lives was asked."""
 
     batch: int
     group: Group
@@ -33,10 +33,13 @@ class _Asked:
 class RolloutPool:
     """Engines as actors; each that dies, hangs or refuses weights is started again with the latest weights.
 
+    A group fails if it raises, or if its engine dies or hangs while it works on nothing else. Of several that an engine
+    worked on nobody knows which one did it: they are asked again in two halves, one after the other, and so on.
+
     settings: of each engine; its checkpoint and weight version are the first weights.
     stages: the global MoE layers of each pipeline stage of the trainer.
     timeout: seconds for an engine to start, or to load weights.
-    idle_timeout: seconds in which no group gets done, after which the engines that are asked for some count as hanging.
+    idle_timeout: seconds in which an engine that is asked for groups gets none done, after which it counts as hanging.
 
     Raises:
         R3Error: an engine that does not start; from `collect` also a group that failed several times.
@@ -59,7 +62,9 @@ class RolloutPool:
         self._timeout, self._idle_timeout = timeout, idle_timeout
         self._on_event, self._num_gpus = on_event, num_gpus
         self._lives = [0] * num_engines
+        self._since = [0.0] * num_engines
         self._asked: dict[ray.ObjectRef[Any], _Asked] = {}
+        self._later: list[list[list[_Asked]]] = [[] for _ in range(num_engines)]
         self._done: dict[int, dict[int, Rollout]] = {}
         self.engines: list[Any] = [self._new_engine() for _ in range(num_engines)]
         for number in range(num_engines):
@@ -70,20 +75,23 @@ class RolloutPool:
         self._done.setdefault(batch, {})
         for group in groups:
             self._done[batch].pop(group.number, None)
-            self._ask(batch, group, group.number % len(self.engines), 0)
+            number = group.number % len(self.engines)
+            asked = _Asked(batch, group, number, self._lives[number], 0)
+            if self._later[number]:
+                self._later[number][-1].append(asked)
+            else:
+                self._ask(asked)
 
     def collect(self, batch: int) -> list[Rollout]:
         """Wait for all groups of a batch; return what became of them, in order."""
-        idle_since = time.monotonic()
-        while waiting := [ref for ref, asked in self._asked.items() if asked.batch == batch]:
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
+        self._since = [time.monotonic()] * len(self.engines)
+        while self._owes(batch):
+            ready, _ = ray.wait(list(self._asked), num_returns=1, timeout=1.0)
             for ref in ready:
-                idle_since = time.monotonic()
                 self._take(ref)
-            if time.monotonic() - idle_since > self._idle_timeout:
-                for number in {asked.engine for ref in waiting if (asked := self._asked.get(ref))}:
+            for number in {asked.engine for asked in self._asked.values()}:
+                if time.monotonic() - self._since[number] > self._idle_timeout:
                     self._restart(number, self._lives[number], f"nothing done in {self._idle_timeout:g} s")
-                idle_since = time.monotonic()
         return [rollout for _, rollout in sorted(self._done.pop(batch).items())]
 
     def update_weights(self, folder: Path, version: str) -> None:
@@ -96,51 +104,90 @@ class RolloutPool:
                 ray.get(ref, timeout=self._timeout)
             except ray.exceptions.RayError as error:
                 self._on_event("weights_failed", f"engine {number}, weights {version}: {reason(error)}")
-                self._restart(number, lives[number], "its weights could not be updated")
+                self._restart(number, lives[number], "its weights could not be updated", blame=False)
 
     def close(self) -> None:
         """End all engines."""
         for engine in self.engines:
             ray.kill(engine)
 
-    def _ask(self, batch: int, group: Group, number: int, attempt: int) -> None:
-        ref = self.engines[number].generate.remote(group)
-        self._asked[ref] = _Asked(batch, group, number, self._lives[number], attempt)
+    def _owes(self, batch: int) -> bool:
+        later = (asked for parts in self._later for part in parts for asked in part)
+        return any(asked.batch == batch for each in (self._asked.values(), later) for asked in each)
+
+    def _ask(self, asked: _Asked) -> None:
+        ref = self.engines[asked.engine].generate.remote(asked.group)
+        self._asked[ref] = replace(asked, life=self._lives[asked.engine])
+        self._since[asked.engine] = time.monotonic()
 
     def _take(self, ref: "ray.ObjectRef[Any]") -> None:
-        asked = self._asked.pop(ref, None)
-        if asked is None:
-            return
+        """Take what an engine says; where it is lost, ask again."""
+        asked = self._asked.pop(ref)
+        self._since[asked.engine] = time.monotonic()
         try:
             rollout = ray.get(ref)
             why = rollout.lost
-        except ray.exceptions.RayTaskError as error:
-            # The request is at fault, not the engine.
-            why = reason(error)
         except ray.exceptions.RayError as error:
             why = reason(error)
-            self._restart(asked.engine, asked.life, why)
+            if _is_engines(error):
+                self._asked[ref] = asked
+                self._restart(asked.engine, asked.life, why)
+                return
         if not why:
             self._done[asked.batch][asked.group.number] = rollout
-            return
+        else:
+            self._on_event("rollout_lost", f"engine {asked.engine}, prompt {asked.group.number}: {why}")
+            self._ask(self._failed(asked, why))
+        self._go_on(asked.engine)
+
+    def _failed(self, asked: _Asked, why: str) -> _Asked:
+        """Return what to ask for when a group has failed once more."""
         if asked.attempt + 1 >= _ATTEMPTS:
             raise R3Error(f"prompt {asked.group.number} failed {_ATTEMPTS} times, the last time: {why}")
-        self._on_event("rollout_lost", f"engine {asked.engine}, prompt {asked.group.number}: {why}")
-        self._ask(asked.batch, asked.group, asked.engine, asked.attempt + 1)
+        return replace(asked, attempt=asked.attempt + 1)
 
-    def _restart(self, number: int, life: int, why: str) -> None:
+    def _restart(self, number: int, life: int, why: str, *, blame: bool = True) -> None:
+        """Start an engine again, and ask it for what it had not done; blame: whether a group may have caused it."""
         if life != self._lives[number]:
             return
         self._lives[number] += 1
-        self._on_event("engine_restarted", f"engine {number}: {why}")
+        lost = self._not_done(number)
+        again = [lost]
+        if blame and len(lost) == 1:
+            again = [[self._failed(lost[0], f"engine {number}: {why}")]]
+        elif blame:
+            again = [lost[: len(lost) // 2], lost[len(lost) // 2 :]]
+        again = [part for part in again if part]
+        parts = f" in {len(again)} parts" if len(again) > 1 else ""
+        said = f"; {len(lost)} prompts are asked again{parts}" if lost else ""
+        self._on_event("engine_restarted", f"engine {number}: {why}{said}")
         ray.kill(self.engines[number])
         self.engines[number] = self._new_engine()
         self._wait_for(number)
-        # What the old one worked on fails by itself if it died, but not if it only hung.
-        for ref, asked in list(self._asked.items()):
-            if asked.engine == number and asked.life == life:
-                del self._asked[ref]
-                self._ask(asked.batch, asked.group, number, asked.attempt + 1)
+        self._later[number][:0] = again
+        self._go_on(number)
+
+    def _not_done(self, number: int) -> list[_Asked]:
+        """Return what an engine that is given up has not done; what it has done, but nobody has taken, is taken."""
+        lost = []
+        for ref in [ref for ref, asked in self._asked.items() if asked.engine == number]:
+            asked = self._asked.pop(ref)
+            ready, _ = ray.wait([ref], num_returns=1, timeout=0)
+            try:
+                rollout = ray.get(ref) if ready else None
+            except ray.exceptions.RayError:
+                rollout = None
+            if rollout is None or rollout.lost:
+                lost.append(asked)
+            else:
+                self._done[asked.batch][asked.group.number] = rollout
+        return lost
+
+    def _go_on(self, number: int) -> None:
+        """Ask an engine that works on nothing for the next part of what it is to do later."""
+        if self._later[number] and not any(asked.engine == number for asked in self._asked.values()):
+            for asked in self._later[number].pop(0):
+                self._ask(asked)
 
     def _wait_for(self, number: int) -> None:
         try:
@@ -152,3 +199,10 @@ class RolloutPool:
         options = {"num_cpus": 1, "num_gpus": self._num_gpus, "runtime_env": {"env_vars": cpu_environment()}}
         actor = RolloutActor.options(**options)  # type: ignore[attr-defined]
         return actor.remote(self._settings.to_json(), self._task, self._params, self._stages)
+
+
+def _is_engines(error: Exception) -> bool:
+    """Say whether the engine is gone, and not only a request of it."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return isinstance(cause_of(error), EngineLost)
+    return True

@@ -3,15 +3,16 @@
 import asyncio
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
 
 from r3_adapter.errors import R3Error
+from r3_adapter.ray.faults import EngineLost
 from r3_adapter.ray.store import OBJECT_BYTES, Placed, SampleRef, put_samples
 from r3_adapter.rl.tasks import Task, task_named
 from r3_adapter.rollout import Sample, save_samples
@@ -20,8 +21,11 @@ from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.sampling import scored_temperature
 from r3_adapter.sglang.settings import EngineSettings
 
+_WATCH_SECONDS = 0.5
 _LINGER = 0.05
 """Seconds for which a group waits for others to share an object with."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,21 @@ class Rollout:
 
 @ray.remote
 class RolloutActor:
-    """SGLang in an actor's process. If its scheduler dies, the process and with it the actor dies too.
+    """SGLang in an actor's process, which looks after the engine's own processes.
 
     stages: the global MoE layers of each pipeline stage of the trainer.
+
+    Raises:
+        EngineLost: from every method, soon after one of the engine's processes has ended.
     """
 
     def __init__(
         self, settings: str, task: str, sampling_params: Mapping[str, Any], stages: Sequence[Sequence[int]]
     ) -> None:
         self._engine = Engine(EngineSettings.from_json(settings)).__enter__()
+        found = psutil.Process().children(recursive=True)
+        self._processes = {each: name for each in found if (name := each.name()).startswith("sglang::")}
+        self._watcher: asyncio.Task[None] | None = None
         self._task: Task = task_named(task)
         self._params, self._stages = sampling_params, stages
         self._under_way = 0
@@ -73,15 +83,45 @@ class RolloutActor:
 
     async def ready(self) -> str:
         """Return the name of the weights, once the engine has started."""
+        self._check_alive()
         return self._engine.weight_version
 
     async def generate(self, group: Group) -> Rollout:
         """Roll out a group; its conversations run beside each other and beside those of other groups."""
+        return await self._while_alive(self._generate(group))
+
+    async def update_weights(self, folder: str, version: str) -> None:
+        """Load weights; groups under way go on across the update."""
+        await self._while_alive(self._engine.update_weights(Path(folder), version))
+
+    async def _while_alive(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for the engine as long as it can answer: SGLang itself would wait for a killed scheduler without end."""
+        if self._watcher is None:
+            self._watcher = asyncio.ensure_future(self._watch())
+        task = asyncio.ensure_future(work)
+        await asyncio.wait([task, self._watcher], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() or task.exception() is not None:
+            task.cancel()
+            self._check_alive()
+        return task.result()
+
+    async def _watch(self) -> None:
+        """Return when a process of the engine has ended."""
+        while all(map(_is_alive, self._processes)):
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    def _check_alive(self) -> None:
+        for process, name in self._processes.items():
+            if not _is_alive(process):
+                raise EngineLost(f"process {process.pid} of the engine ({name}) has ended")
+
+    async def _generate(self, group: Group) -> Rollout:
         result = Rollout(group.number)
         self._under_way += 1
         try:
             talks = await asyncio.gather(*(self._converse(group, i, result) for i in range(group.num_samples)))
         except R3Error as error:
+            self._check_alive()
             result.lost = f"{type(error).__name__}: {error}"
             return result
         finally:
@@ -125,10 +165,6 @@ class RolloutActor:
             for _, its_refs in waiting:
                 its_refs.set_exception(error)
 
-    async def update_weights(self, folder: str, version: str) -> None:
-        """Load weights; groups under way go on across the update."""
-        await self._engine.update_weights(Path(folder), version)
-
     async def _converse(self, group: Group, index: int, result: Rollout) -> tuple[list[Sample], float]:
         task, prompt = self._task, group.prompt
         place = f"prompt {group.number}, sample {index}"
@@ -163,3 +199,10 @@ class RolloutActor:
             talk.take(reply)
         finally:
             result.seconds["capture"] += time.perf_counter() - start
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -62,9 +62,18 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         R3Error: it is not there or malformed.
     """
-    config = _parse(_read(path), str(path))
+    config = read_object(path)
     check_config(config, str(path))
     return config
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        R3Error: it is not there, or holds something else.
+    """
+    return _parse(_read(path), str(path))
 
 
 def check_step(step: Mapping[str, Any], place: str) -> None:

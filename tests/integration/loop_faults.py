@@ -111,14 +111,28 @@ def weights_fail(loop: Loop) -> None:
     ray.kill = lambda actor: kill(real if actor is Elsewhere else actor)
 
 
+@fault(5, "rollout")
+def scheduler_killed_before_a_step(loop: Loop) -> None:
+    kill_scheduler()
+
+
+@fault(7, "train")
+def scheduler_killed_while_it_has_nothing_to_do(loop: Loop) -> None:
+    kill_scheduler()
+
+
+def kill_scheduler(sign: signal.Signals = signal.SIGKILL) -> None:
+    # Ray's processes, and with them the engines, are this one's children.
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("sglang::sched"):
+            os.kill(process.pid, sign)
+
+
 @fault(6, "rollout")
 def engine_hangs(loop: Loop) -> None:
     assert loop.pool is not None
     loop.pool._idle_timeout = 15.0
-    # Ray's processes, and with them the engines, are this one's children.
-    for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("sglang::sched"):
-            os.kill(process.pid, signal.SIGSTOP)
+    kill_scheduler(signal.SIGSTOP)
 
 
 @fault(7, "load")

@@ -52,9 +52,11 @@ def test_a_run_goes_on_after_each_fault_and_trains_on_no_wrong_route(folder: Pat
     live = [step["agreement"] for step in steps if step["agreement"]]
     assert live and all(share < 0.97 for layers in live for share in layers.values())
     kinds = Counter(event["kind"] for event in events)
-    assert kinds["engine_restarted"] == 3, events
+    assert kinds["engine_restarted"] == 5, events
+    killed = [event for event in events if "of the engine (sglang::" in event["what"]]
+    assert [event["step"] for event in killed] == [5, 7], "an engine whose scheduler is killed is found by itself"
     assert kinds["trace_lost"] >= 1 and kinds["trace_damaged"] >= 3
-    assert kinds["weights_failed"] == 1 and kinds["trainer_restarted"] == 1 and kinds["resumed"] == 2
+    assert kinds["weights_failed"] == 2 and kinds["trainer_restarted"] == 1 and kinds["resumed"] == 2
     said = " ".join(event["what"] for event in events if event["kind"] == "trace_damaged")
     assert "digest" in said and "prompt" in said
     (lost,) = [event for event in events if event["kind"] == "trainer_restarted"]
