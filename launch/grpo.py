@@ -4,43 +4,114 @@ Without --hf-checkpoint a tiny model learns to sort digits on this machine, no G
 """
 
 import argparse
+import shutil
+import signal
+import sys
+import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 
 from r3_adapter.arguments import add_layout_arguments, add_r3_arguments, add_rl_arguments, layout_of
 from r3_adapter.errors import R3Error
 from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.ray.cluster import cluster
-from r3_adapter.ray.loop import Loop, LoopOptions, latest_step
+from r3_adapter.ray.loop import Loop
+from r3_adapter.ray.options import LoopOptions
 from r3_adapter.ray.supervised import supervise
 from r3_adapter.report import last_line, run_progress
+from r3_adapter.rl.checks import check_flags
 from r3_adapter.rl.losses import Objective
+from r3_adapter.rl.preflight import check_model, check_report
 from r3_adapter.rl.tasks import END, VOCABULARY, task_named
 from r3_adapter.runs.page import write_page
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
 TINY = TinyModel(num_layers=4, num_experts=16, topk=4, vocab_size=VOCABULARY, max_length=256, initializer_range=0.06)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asks the run to end."""
+
+
+class Signals:
+    """Raises Stopped at the first signal that ends a process; later ones wait until everything has ended.
+
+    came: the signal, once it has come. Ray's C++ code may raise something else in place of Stopped.
+    """
+
+    came: signal.Signals | None = None
+
+    def arm(self) -> None:
+        """Set the handlers, in place of those that somebody else has put there."""
+        for number in SIGNALS:
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        self.came = signal.Signals(number)
+        raise Stopped
 
 
 def main() -> None:
     """Run it, or go on with the run that is in its folder."""
     args = parse()
-    args.save.mkdir(parents=True, exist_ok=True)
-    with cluster(args.ray_address):
-        options = options_of(args, args.hf_checkpoint or tiny_checkpoint(args))
-        with run_progress(options.config["name"], options.num_rollouts, latest_step(options.folder)) as show:
-
-            def observe(loop: Loop, step: int, stage: str) -> None:
-                if stage in ("rollout", "end") and loop.last_metrics:
-                    show(loop.last_metrics)
-
-            Loop(options, observe).run()
+    check_flags(args)
+    check_report()
+    task = task_named(args.task)
+    loop = Loop(options_of(args, args.hf_checkpoint or args.save / "supervised"))
+    signals = Signals()
+    try:
+        signals.arm()
+        make_folders(args)
+        check_model(args, args.hf_checkpoint or random_checkpoint(args), task)
+        if loop.first:
+            say(f"{args.save} goes on from step {loop.first} ({loop.checkpoints.path(loop.first)})")
+        with cluster(args.ray_address):
+            signals.arm()
+            if not args.hf_checkpoint:
+                supervised_checkpoint(args)
+            run(loop)
+    except BaseException:
+        if signals.came is None:
+            raise
+        say(f"stopped by {signals.came.name} {where(loop)}")
+        sys.exit(128 + signals.came)
     page = args.save / "report.html"
-    (run,) = write_page(page, [args.save])
-    print(last_line(run.summary, page))
+    (found,) = write_page(page, [args.save])
+    print(last_line(found.summary, page))
+
+
+def run(loop: Loop) -> None:
+    """Run the loop under a progress bar."""
+    options = loop.options
+    with run_progress(options.config["name"], options.num_rollouts, loop.first) as show:
+
+        def observe(loop: Loop, step: int, stage: str) -> None:
+            if stage in ("rollout", "end") and loop.last_metrics:
+                show(loop.last_metrics)
+
+        loop.observe = observe
+        loop.run()
+
+
+def where(loop: Loop) -> str:
+    """Say at which step a run was stopped, and what of it is kept."""
+    steps = loop.checkpoints.steps()
+    if not steps:
+        return f"at step {loop.step}; no step is saved yet: the same command begins anew"
+    kept = loop.checkpoints.path(steps[-1])
+    return f"at step {loop.step}; step {steps[-1]} is saved in {kept}: the same command goes on from there"
+
+
+def say(line: str) -> None:
+    """Tell whoever watches."""
+    print(f"grpo: {line}", file=sys.stderr, flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -62,24 +133,50 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def tiny_checkpoint(args: argparse.Namespace) -> Path:
-    """Return a tiny model that has seen some right answers."""
-    folder: Path = args.save / "supervised"
-    if not (folder / "config.json").exists():
-        write_checkpoint(args.save / "random", dtype="bfloat16", seed=args.seed, shape=TINY)
-        with run_progress("supervised", args.sft_steps) as show:
-            supervise(
-                args.save / "random",
-                folder,
-                task_named(args.task),
-                layout_of(args),
-                replace(policy_of(args), replay="off", lr=2e-3),
-                num_steps=args.sft_steps,
-                batch_size=64,
-                seed=args.seed,
-                progress=lambda step, loss: show({}),
-            )
+def make_folders(args: argparse.Namespace) -> None:
+    """Make the run's folder, which others cannot read, and that of its rollouts.
+
+    Raises:
+        R3Error: they cannot be made or written to.
+    """
+    for folder in (args.save, args.save_rollouts):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise R3Error(f"{folder}: cannot be written to: {error.strerror}") from error
+
+
+def random_checkpoint(args: argparse.Namespace) -> Path:
+    """Return a tiny model with random weights."""
+    folder: Path = args.save / "random"
+    if not (folder / "model.safetensors").exists():
+        write_checkpoint(folder, dtype="bfloat16", seed=args.seed, shape=TINY)
     return folder
+
+
+def supervised_checkpoint(args: argparse.Namespace) -> None:
+    """Let the tiny model see some right answers, so that it has a reward to begin with."""
+    folder, partial = args.save / "supervised", args.save / "supervised.partial"
+    if folder.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    with run_progress("supervised", args.sft_steps) as show:
+        supervise(
+            random_checkpoint(args),
+            partial,
+            task_named(args.task),
+            layout_of(args),
+            replace(policy_of(args), replay="off", lr=2e-3),
+            num_steps=args.sft_steps,
+            batch_size=64,
+            seed=args.seed,
+            progress=lambda step, loss: show({}),
+        )
+    partial.rename(folder)
 
 
 def policy_of(args: argparse.Namespace) -> PolicyOptions:
@@ -161,4 +258,5 @@ if __name__ == "__main__":
     try:
         main()
     except R3Error as error:
-        raise SystemExit(f"grpo: {error}") from error
+        say(str(error))
+        sys.exit(2)

@@ -15,7 +15,7 @@ from r3_adapter.megatron.weights import place_of, source_of
 INDEX = "model.safetensors.index.json"
 
 
-def export_weights(chunks: Sequence[torch.nn.Module], side_files: Mapping[str, bytes], folder: Path) -> int:
+def export_weights(chunks: Sequence[torch.nn.Module], side_files: Mapping[str, bytes], folder: Path) -> list[Path]:
     """Write this rank's share of the weights into a folder, which is complete when all ranks have returned.
 
     Of ranks that hold the same parameter the first writes it; those that share it out send their parts to that one.
@@ -26,7 +26,7 @@ def export_weights(chunks: Sequence[torch.nn.Module], side_files: Mapping[str, b
         checkpoint.side_files. They are kept in memory, since that checkpoint may be gone by now.
 
     Returns:
-        Bytes of the tensors that this rank has written.
+        The files that this rank has written.
 
     Raises:
         ReplayError: a parameter that the table of weights does not know.
@@ -43,17 +43,20 @@ def export_weights(chunks: Sequence[torch.nn.Module], side_files: Mapping[str, b
     rank, writers = torch.distributed.get_rank(), [rank for rank, (names, _) in enumerate(everybody) if names]
     files = {rank: f"model-{at:05d}-of-{len(writers):05d}.safetensors" for at, rank in enumerate(writers, start=1)}
     folder.mkdir(parents=True, exist_ok=True)
+    written = []
     if tensors:
         path = folder / files[rank]
         save_file(tensors, path.with_suffix(".part"), {"format": "pt"})
-        path.with_suffix(".part").rename(path)
+        written.append(path.with_suffix(".part").rename(path))
     if rank == 0:
         for name, data in side_files.items():
-            (folder / name).write_bytes(data)
+            written.append(folder / name)
+            written[-1].write_bytes(data)
         places = {name: files[rank] for rank in writers for name in everybody[rank][0]}
         index = {"metadata": {"total_size": sum(size for _, size in everybody)}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
-    return num_bytes
+        written.append(folder / INDEX)
+        written[-1].write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+    return written
 
 
 def _tensors_of(model: Any, name: str, data: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:

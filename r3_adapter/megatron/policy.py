@@ -183,21 +183,22 @@ class PolicyTrainer:
         values = [logprobs for logprobs in found.by_batch.values() if len(logprobs)]
         return (-float(torch.cat(values).mean()) if values else 0.0), norm
 
-    def export(self, folder: Path) -> int:
-        """Write this rank's share of the weights, see export_weights; return its bytes."""
+    def export(self, folder: Path) -> list[Path]:
+        """Write this rank's share of the weights, see export_weights; return the files that this rank has written."""
         return export_weights(self.chunks, self._side_files, folder)
 
-    def save(self, folder: Path) -> int:
+    def save(self, folder: Path) -> list[Path]:
         """Write the weights and this rank's optimizer into a folder, complete when all ranks have returned.
 
         Returns:
-            Bytes of the weights that this rank has written.
+            The files that this rank has written.
         """
-        num_bytes = self.export(folder)
+        written = self.export(folder)
         parts = [(inner.state_dict(), _main_parameters(inner)) for inner in self._inner_optimizers()]
         state = {"parts": parts, "version": self.version, "layout": str(self.layout)}
-        torch.save(state, folder / f"optimizer.{self.rank}.pt")
-        return num_bytes
+        written.append(folder / f"optimizer.{self.rank}.pt")
+        torch.save(state, written[-1])
+        return written
 
     def load_optimizer(self, folder: Path) -> None:
         """Read back what save wrote; the weights come with the constructor, whose checkpoint is the same folder.

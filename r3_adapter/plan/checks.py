@@ -24,13 +24,16 @@ class Check:
 
 def run_checks(request: PlanRequest) -> list[Check]:
     """Return every check of a request; none depends on another."""
+    return [*checks_of_model(request), *_batch(request), *_machines(request)]
+
+
+def checks_of_model(request: PlanRequest) -> list[Check]:
+    """Return what is asked of the model, the layout and the engines, whatever the batch and the machines are."""
     checks = [
         _tried("trainer's layout", lambda: check_layout(request.layout), _grids(request)),
         _tried("pipeline stages", request.stages, _stage_sizes(request)),
     ]
-    for group in (_trainer, _batch, _engines, _machines):
-        checks.extend(group(request))
-    return [*checks, *_refusals(request)]
+    return [*checks, *_trainer(request), *_engines(request), *_refusals(request)]
 
 
 def divides(name: str, by: str, size: int, what: str, number: int) -> Check:

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from r3_adapter.errors import LayoutError, check_choice
+from r3_adapter.errors import check_choice
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import Figures
 from r3_adapter.metrics import merge_gaps
 from r3_adapter.ray.rollout import Rollout
 from r3_adapter.ray.trainer import ItemRef
+from r3_adapter.rl.checks import num_micro_batches
 from r3_adapter.rl.losses import Estimator, group_advantages
 
 Plan = list[list[list[ItemRef]]]
@@ -47,18 +48,13 @@ def items_of(rollouts: Sequence[Rollout], estimator: Estimator) -> list[ItemRef]
 def share_out(items: Sequence[ItemRef], layout: ParallelLayout, *, micro_batch_size: int, num_steps: int) -> Plan:
     """Share samples out over micro-batches of about equal numbers of tokens, as many for each data-parallel rank.
 
-    micro_batch_size: samples in a micro-batch, on average at most.
-    num_steps: optimizer steps, over which a rank's micro-batches are shared out evenly.
+    micro_batch_size, num_steps: as in num_micro_batches.
 
     Raises:
         LayoutError: fewer samples than micro-batches.
     """
-    multiple = num_steps * (layout.pp if layout.vpp > 1 else 1)
-    wanted = -(-len(items) // (layout.dp * micro_batch_size))
-    per_rank = -(-wanted // multiple) * multiple
+    per_rank = num_micro_batches(len(items), layout, micro_batch_size=micro_batch_size, num_steps=num_steps)
     bins: list[list[ItemRef]] = [[] for _ in range(layout.dp * per_rank)]
-    if len(items) < len(bins):
-        raise LayoutError(f"{len(items)} samples < {len(bins)} micro-batches (dp {layout.dp} x {per_rank})")
     loads = np.zeros(len(bins))
     for item in sorted(items, key=lambda item: -item.ref.num_tokens):
         # The emptiest bin gets the next longest sample; one without any comes first.

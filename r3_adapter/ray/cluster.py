@@ -1,10 +1,25 @@
-"""Ray: a cluster that runs already, or one on this machine that listens on loopback only."""
+"""Ray: a cluster that runs already, or one on this machine that is this user's alone.
 
+Loopback is no border between users: whoever may run a process on the host can connect to its ports. So a cluster that
+is started here asks for a token that only this user can read, and its sockets, logs and temporary files are in a
+folder that only this user can enter.
+"""
+
+import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from r3_adapter.errors import R3Error
+
+_PREFIX = "r3-ray-"
+_SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+"""Characters that Linux leaves for the folder in the path of a socket."""
 
 
 @contextmanager
@@ -16,33 +31,139 @@ def cluster(address: str | None = None, *, num_cpus: int = 64, object_store_byte
         machine they share: the number is only a limit on how many there can be.
 
     Raises:
-        R3Error: Ray is connected to a cluster already, or does not stay on loopback.
+        R3Error: Ray is connected to a cluster already, does not stay on loopback, or the cluster cannot be reached.
     """
     import ray
 
     if ray.is_initialized():
         raise R3Error("Ray is connected already; start the loop in a process of its own")
-    if address is None:
-        _stay_on_loopback()
-        # Its workers would give way to everything else on the machine, but here they are what it is for.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(
-            num_cpus=num_cpus,
-            object_store_memory=object_store_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-        found = ray.nodes()[0]["NodeManagerAddress"]
-        if found != "127.0.0.1":
-            ray.shutdown()
-            raise R3Error(f"Ray listens at {found} != 127.0.0.1")
-    else:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    with ExitStack() as stack:
+        if address is None:
+            folder = stack.enter_context(_private_folder())
+            stack.enter_context(_private_processes(folder))
+            stack.callback(ray.shutdown)
+            _start(folder, num_cpus, object_store_bytes)
+        else:
+            stack.callback(ray.shutdown)
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                said = next(iter(str(error).splitlines()), "")
+                raise R3Error(f"no Ray cluster can be used at {address}: {said}") from error
+        yield
+
+
+def _start(folder: Path, num_cpus: int, object_store_bytes: int) -> None:
+    import ray
+
+    _stay_on_loopback()
+    # Its workers would give way to everything else on the machine, but here they are what it is for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray.init(
+        num_cpus=num_cpus,
+        object_store_memory=object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        # Ray lets everybody write into the folder that it is given.
+        _temp_dir=str(folder / "ray"),
+    )
+    found = ray.nodes()[0]["NodeManagerAddress"]
+    if found != "127.0.0.1":
+        raise R3Error(f"Ray listens at {found} != 127.0.0.1")
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Make a folder that only this user can enter, and remove it; also those of processes that were killed."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) + len(f"/{_PREFIX}12345678") > _SOCKET_PATH:
+        base = Path("/tmp")
+    for old in base.glob(f"{_PREFIX}*"):
+        _remove_if_left(old)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def _remove_if_left(folder: Path) -> None:
+    try:
+        if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
+            return
+        with (folder / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(folder)
+    except OSError:
+        # Another's, or it is in use.
+        return
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which processes that are about to end may still write."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+@contextmanager
+def _private_processes(folder: Path) -> Iterator[None]:
+    """Let processes that are started inside ask for a token, and keep their files to this user."""
+    token, temporary = folder / "token", folder / "tmp"
+    temporary.mkdir(mode=0o700)
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    variables = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_AUTH_TOKEN": None,
+        # Engines make the sockets of their processes there.
+        "TMPDIR": str(temporary),
+    }
+    mask, kept = os.umask(0o077), tempfile.tempdir
+    try:
+        with _environment(variables):
+            tempfile.tempdir = str(temporary)
+            _forget_token()
+            yield
+    finally:
+        tempfile.tempdir = kept
+        os.umask(mask)
+        _forget_token()
+
+
+def _forget_token() -> None:
+    """Let Ray look at the environment again: it keeps what it has read.
+
+    Source: ray@2.55.1: _private/authentication_test_utils.py:reset_auth_token_state
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
     try:
         yield
     finally:
-        ray.shutdown()
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _stay_on_loopback() -> None:

@@ -4,92 +4,56 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from r3_adapter.errors import R3Error
-from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.ray.batch import items_of, metrics_of, share_out
 from r3_adapter.ray.faults import RankLost
+from r3_adapter.ray.options import LoopOptions, check_same_run
 from r3_adapter.ray.pool import RolloutPool
 from r3_adapter.ray.rollout import Group, Rollout
 from r3_adapter.ray.trainer import TrainerGroup
 from r3_adapter.rl.tasks import task_named
+from r3_adapter.runs.checkpoints import Checkpoints, Found
+from r3_adapter.runs.files import read_config
 from r3_adapter.runs.log import RunLog
-from r3_adapter.sglang.sampling import check_engine, checked_params
-from r3_adapter.sglang.server_arguments import check_server_arguments
-from r3_adapter.sglang.settings import EngineSettings
 
 _RESTARTS = 3
 
 
-@dataclass(frozen=True)
-class LoopOptions:
-    """What a run does.
+class Loop:
+    """A run. `observe` is told the step and what is about to happen, before it does: for tests and progress bars.
 
-    folder: of the run; weights and checkpoints are in it.
-    checkpoint: a Hugging Face checkpoint, the first weights and, if the objective has a KL, the reference.
-    engine: settings of each rollout engine; its checkpoint and weight version are set by the loop.
-    batch_size: prompts of a step; samples_per_prompt: samples of each.
-    lag: steps that rollouts are ahead of the trainer; 0 is on-policy.
-    save_interval: steps between checkpoints.
-    record: a folder in which all rollouts are kept, a folder of samples for each prompt of each step.
-    agreement_interval: steps between counts of the experts that live routers would have used.
-    timeout: seconds after which a rank that does not answer is taken for hung, and in which an engine has to start.
-    rollout_timeout: seconds in which no prompt gets done, after which an engine is taken for hung.
+    first: the step at which it begins, after the newest checkpoint that is whole.
+
+    Raises:
+        R3Error: the run that is in the folder is another, has no whole checkpoint, or has more steps already.
     """
 
-    folder: Path
-    checkpoint: Path
-    layout: ParallelLayout
-    policy: PolicyOptions
-    engine: EngineSettings
-    task: str
-    sampling_params: Mapping[str, Any]
-    num_engines: int = 1
-    batch_size: int = 16
-    samples_per_prompt: int = 8
-    micro_batch_size: int = 8
-    lag: int = 0
-    num_rollouts: int = 100
-    seed: int = 0
-    save_interval: int = 20
-    record: Path | None = None
-    agreement_interval: int = 10
-    timeout: float = 600
-    rollout_timeout: float = 600
-    num_gpus_per_rank: float = 0
-    num_gpus_per_engine: float = 0
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        checked_params(self.sampling_params, place="sampling_params")
-        check_server_arguments(self.engine.engine_arguments(gpu=True))
-        check_engine(self.engine.engine_arguments(gpu=True))
-        if self.lag and self.policy.replay == "r3" and self.policy.staleness == "refuse":
-            raise R3Error(f"rollouts {self.lag} steps ahead have rows of other weights, which staleness refuse refuses")
-
-
-def latest_step(folder: Path) -> int:
-    """Return the step at which a run goes on: that of its newest checkpoint, 0 if it has none."""
-    return max((int(path.name) for path in (folder / "checkpoints").glob("[0-9]*")), default=0)
-
-
-class Loop:
-    """A run. `observe` is told the step and what is about to happen, before it does: for tests and progress bars."""
-
     def __init__(self, options: LoopOptions, observe: Callable[["Loop", int, str], None] = lambda *_: None) -> None:
-        self.options, self._observe = options, observe
+        self.options, self.observe = options, observe
         self.trainers: TrainerGroup | None = None
         self.pool: RolloutPool | None = None
         self.last_metrics: Mapping[str, Any] = {}
         self._task = task_named(options.task)
-        self._step = 0
         self._log: RunLog | None = None
+        self.checkpoints = Checkpoints(options.folder)
+        self._about = {"layout": str(options.layout)}
+        self._config = {**options.config, "options": options.fixed()}
+        self._begun = (options.folder / "config.json").exists()
+        if self._begun:
+            before = read_config(options.folder / "config.json")
+            check_same_run(options.folder, before.get("options", {}), options.fixed())
+        self._found = self.checkpoints.newest(self._about)
+        if self._found and not self._begun:
+            raise R3Error(f"{self.checkpoints.folder}: has checkpoints of a run whose config.json is not there")
+        self.first = self.step = self._found.step if self._found else 0
+        if self.first > options.num_rollouts:
+            raise R3Error(f"{options.folder}: is at step {self.first} > {options.num_rollouts}, the steps of the run")
 
     def run(self) -> None:
         """Run all steps, from the last checkpoint in the run's folder if there is one.
@@ -98,26 +62,40 @@ class Loop:
             R3Error: routes that cannot be replayed and cannot be had again, or a trainer that is lost again and again.
         """
         restarts: dict[int, int] = {}
-        resume_at = self._latest()
+        resume_at = self.first if self._begun else None
         while True:
             try:
-                with RunLog(self.options.folder, dict(self.options.config), resume_at=resume_at) as log:
+                with RunLog(self.options.folder, self._config, resume_at=resume_at) as log:
+                    self._log = log
                     try:
-                        return self._run(resume_at or 0, log)
+                        return self._run(self._set_damaged_aside(), log)
                     except RankLost as lost:
-                        log.event(self._step, "trainer_restarted", str(lost))
+                        log.event(self.step, "trainer_restarted", str(lost))
                         raise
             except RankLost as lost:
-                resume_at = self._latest() or 0
+                self._found = self.checkpoints.newest(self._about)
+                resume_at = self._found.step if self._found else 0
                 restarts[resume_at] = restarts.get(resume_at, 0) + 1
                 if restarts[resume_at] > _RESTARTS:
                     raise R3Error(
                         f"the trainer was lost {_RESTARTS + 1} times after step {resume_at}: {lost}"
                     ) from lost
 
-    def _run(self, first: int, log: RunLog) -> None:
-        options, self._log, self._step, self.last_metrics = self.options, log, first, {}
-        checkpoint = self._checkpoint(first) if first else options.checkpoint
+    def _set_damaged_aside(self) -> Found | None:
+        """Say which checkpoints cannot be gone on from; return the one that can."""
+        if self._found:
+            self.step = self._found.step
+            for why in self._found.damaged.values():
+                self._event("checkpoint_damaged", f"{why}; going on from step {self.step}")
+            self.checkpoints.set_aside(list(self._found.damaged))
+        return self._found
+
+    def _run(self, found: Found | None, log: RunLog) -> None:
+        options, self.last_metrics = self.options, {}
+        first = self.step = found.step if found else 0
+        checkpoint = found.folder if found else options.checkpoint
+        if first == options.num_rollouts:
+            return
         with ExitStack() as stack:
             self.trainers = TrainerGroup(
                 options.layout,
@@ -143,26 +121,26 @@ class Loop:
             )
             stack.callback(self.pool.close)
             submitted = first
-            for self._step in range(first, options.num_rollouts):
-                while submitted <= min(self._step + options.lag, options.num_rollouts - 1):
+            for self.step in range(first, options.num_rollouts):
+                while submitted <= min(self.step + options.lag, options.num_rollouts - 1):
                     self.pool.submit(submitted, self._groups(submitted))
                     submitted += 1
                 metrics = self._one_step()
-                log.step(self._step, metrics)
+                log.step(self.step, metrics)
                 self.last_metrics = metrics
-            self._observe(self, options.num_rollouts, "end")
+            self.observe(self, options.num_rollouts, "end")
 
     def _one_step(self) -> dict[str, Any]:
         assert self.pool is not None and self.trainers is not None
-        step, options, start = self._step, self.options, time.perf_counter()
-        self._observe(self, step, "rollout")
+        step, options, start = self.step, self.options, time.perf_counter()
+        self.observe(self, step, "rollout")
         rollouts = self.pool.collect(step)
         after_rollout = time.perf_counter()
         items, pulled = self._load(rollouts)
-        self._observe(self, step, "train")
+        self.observe(self, step, "train")
         figures = self.trainers.step(count_agreement=step % options.agreement_interval == 0)
         after_train = time.perf_counter()
-        self._observe(self, step, "weights")
+        self.observe(self, step, "weights")
         folder, num_bytes = self._write_weights(step + 1)
         self.pool.update_weights(folder, str(step + 1))
         self._prune(folder)
@@ -189,17 +167,17 @@ class Loop:
                 micro_batch_size=options.micro_batch_size,
                 num_steps=options.policy.num_steps,
             )
-            self._observe(self, self._step, "load")
+            self.observe(self, self.step, "load")
             problems, pulled = self.trainers.load(plan, timeout=options.timeout / 4)
             if not problems:
                 return items, pulled
             for ref, why in problems.values():
                 self._event("trace_lost" if "lost: " in why else "trace_damaged", f"{ref.name}: {why}")
             wrong = {ref.group for ref, _ in problems.values()}
-            self.pool.submit(self._step, [group for group in self._groups(self._step) if group.number in wrong])
-            again = {rollout.number: rollout for rollout in self.pool.collect(self._step)}
+            self.pool.submit(self.step, [group for group in self._groups(self.step) if group.number in wrong])
+            again = {rollout.number: rollout for rollout in self.pool.collect(self.step)}
             rollouts[:] = [again.get(rollout.number, rollout) for rollout in rollouts]
-        raise R3Error(f"step {self._step}: traces still wrong after {_RESTARTS + 1} attempts: {why}")
+        raise R3Error(f"step {self.step}: traces still wrong after {_RESTARTS + 1} attempts: {why}")
 
     def _groups(self, step: int) -> Sequence[Group]:
         """Return the prompts of a step, the same whenever it is asked for."""
@@ -220,29 +198,18 @@ class Loop:
         last = version == self.options.num_rollouts
         if version % self.options.save_interval and not last:
             folder = self.options.folder / "weights" / str(version)
+            shutil.rmtree(folder, ignore_errors=True)
             return folder, self.trainers.export(folder)
-        folder, partial = self._checkpoint(version), self.options.folder / "checkpoints" / f"partial-{version}"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        num_bytes = self.trainers.save(partial)
-        partial.rename(folder)
-        return folder, num_bytes
+        folder = self.checkpoints.save(version, self.trainers.save, self._about)
+        return folder, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
     def _prune(self, latest: Path) -> None:
         """Keep the newest weights, from which an engine may have to start again, and the two newest checkpoints."""
-        checkpoints = sorted((self.options.folder / "checkpoints").glob("[0-9]*"))
-        for folder in [*(self.options.folder / "weights").glob("*"), *checkpoints[:-2]]:
+        self.checkpoints.prune()
+        for folder in (self.options.folder / "weights").glob("*"):
             if folder != latest:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _checkpoint(self, version: int) -> Path:
-        return self.options.folder / "checkpoints" / f"{version:08d}"
-
-    def _latest(self) -> int | None:
-        """Return the step to go on at; None for a new run."""
-        begun = (self.options.folder / "config.json").exists()
-        return latest_step(self.options.folder) if begun else None
-
     def _event(self, kind: str, what: str) -> None:
         assert self._log is not None
-        self._log.event(self._step, kind, what)
+        self._log.event(self.step, kind, what)

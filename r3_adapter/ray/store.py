@@ -125,7 +125,7 @@ def get_samples(refs: Sequence[SampleRef], stage: int, *, timeout: float) -> tup
         try:
             samples.append(_sample(ref, opened[place], found[place], ref.digests[stage]))
         except R3Error as error:
-            problems[number] = f"{ref.name}: {error}"
+            problems[number] = str(error)
     return samples, problems
 
 

@@ -16,6 +16,7 @@ from r3_adapter.megatron.policy import Figures, Item, PolicyOptions, PolicyTrain
 from r3_adapter.ray.faults import RankLost, cause_of, reason
 from r3_adapter.ray.store import SampleRef, get_samples
 from r3_adapter.rollout import unrouted
+from r3_adapter.runs.checkpoints import Seal, seal
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ class TrainerActor:
 
     def export(self, folder: str) -> int:
         """Write this rank's share of the weights; return its bytes."""
-        return self._trainer.export(Path(folder))
+        return sum(path.stat().st_size for path in self._trainer.export(Path(folder)))
 
-    def save(self, folder: str) -> int:
-        """Write this rank's share of a checkpoint; return the bytes of its weights."""
-        return self._trainer.save(Path(folder))
+    def save(self, folder: str) -> dict[str, Seal]:
+        """Write this rank's share of a checkpoint, and have it on the disk; return what the manifest says of it."""
+        return {path.name: seal(path) for path in self._trainer.save(Path(folder))}
 
 
 class TrainerGroup:
@@ -140,6 +141,7 @@ class TrainerGroup:
         num_gpus: float = 0,
     ) -> None:
         self.layout, self._timeout = layout, timeout
+        self._meeting = tempfile.TemporaryDirectory(prefix="r3-", ignore_cleanup_errors=True)
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         self.ranks: list[Any] = [
             TrainerActor.options(num_cpus=1, num_gpus=num_gpus, runtime_env=environment).remote(rank)  # type: ignore[attr-defined]
@@ -199,14 +201,15 @@ class TrainerGroup:
         """Write the weights as a checkpoint; return its bytes."""
         return sum(self._ask("export", str(folder)))
 
-    def save(self, folder: Path) -> int:
-        """Write weights and optimizer; return the bytes of the weights."""
-        return sum(self._ask("save", str(folder)))
+    def save(self, folder: Path) -> dict[str, Seal]:
+        """Write weights and optimizer; return what the manifest says of all files."""
+        return {name: sealed for written in self._ask("save", str(folder)) for name, sealed in written.items()}
 
     def close(self) -> None:
         """End all ranks, whatever they are doing."""
         for rank in self.ranks:
             ray.kill(rank)
+        self._meeting.cleanup()
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
         wanted = [getattr(rank, method).remote(*arguments, **options) for rank in self.ranks]
@@ -234,5 +237,5 @@ class TrainerGroup:
         """Ranks of one host meet in a file, so that no port is opened for it."""
         hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         if len(hosts) == 1:
-            return f"file://{tempfile.mkdtemp(prefix='r3-')}/rendezvous"
+            return f"file://{self._meeting.name}/rendezvous"
         return str(ray.get(self.ranks[0].meeting_point.remote(), timeout=self._timeout))

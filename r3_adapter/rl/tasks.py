@@ -115,6 +115,12 @@ def task_named(name: str) -> Task:
     module, _, attribute = name.partition(":")
     try:
         task: Task = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise R3Error(f"task {name!r} is none of {sorted(TASKS)}, and no package.module:Class: {error}") from error
+        missing = [part for part in ("max_turns", "prompt", "answer", "reply", "reward") if not hasattr(task, part)]
+    except Exception as error:
+        # The module is the user's: importing it may raise anything.
+        raise R3Error(
+            f"task {name!r} is none of {sorted(TASKS)}, and no package.module:Class: {type(error).__name__}: {error}"
+        ) from error
+    if missing:
+        raise R3Error(f"task {name!r} has no {missing[0]}")
     return task

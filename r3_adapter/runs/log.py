@@ -34,6 +34,7 @@ from r3_adapter.runs.files import (
     read_lines,
     write_json,
 )
+from r3_adapter.runs.redact import redacted
 
 R3_STAGES = ("capture", "transport", "repack", "replay")
 STAGES = ("rollout", "old_logprobs", "train", "weights", *R3_STAGES)
@@ -47,7 +48,7 @@ class RunLog:
 
     Args:
         folder: RUN; made if it is not there.
-        config: what config.json is to hold.
+        config: what config.json is to hold; what has a secret's name is hidden.
         resume_at: the first step that will be run again or anew; steps from there on are dropped, events are kept.
             None: a new run.
 
@@ -58,6 +59,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, resume_at: int | None = None) -> None:
         check_config(config, "config")
+        config = redacted(config)
         self.folder, self._last = folder, -1
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = (folder / "metrics.jsonl").open("ab")
@@ -164,7 +166,7 @@ class Run:
         Raises:
             R3Error: no run, or malformed content; it names file and line.
         """
-        config = read_config(folder / "config.json")
+        config = redacted(read_config(folder / "config.json"))
         metrics = read_lines(folder / "metrics.jsonl", check_step)
         events = read_lines(folder / "events.jsonl", check_event)
         for before, after in pairwise(metrics.lines):
@@ -194,7 +196,7 @@ def summarize(name: str, steps: Sequence[Step], events: Sequence[Mapping[str, An
 
     reward_first, reward_last: means over the first and the last tenth of the steps, at least one.
     k3, f_2: means over the steps.
-    r3_share, r3_stages: seconds of R3's stages, summed over steps, over the sum of the steps' seconds.
+    r3_share, r3_stages: seconds of R3's stages, summed over steps that replayed, over the sum of all steps' seconds.
     seconds: that sum.
     collapsed: a number of some step is not finite; or, with 10 steps or more, the mean reward of the last tenth is
         less than half of the best mean over as many steps in a row. Where that best is not positive, half of it says
@@ -204,10 +206,11 @@ def summarize(name: str, steps: Sequence[Step], events: Sequence[Mapping[str, An
     tenth = max(1, len(rewards) // 10)
     timed = [step["seconds"] for step in steps if "step" in step.get("seconds", {})]
     total = sum(seconds["step"] for seconds in timed)
+    charged = [step["seconds"] for step in steps if "step" in step.get("seconds", {}) and replays(step)]
     stages = {
-        stage: sum(seconds.get(stage, 0.0) for seconds in timed) / total
+        stage: sum(seconds.get(stage, 0.0) for seconds in charged) / total
         for stage in R3_STAGES
-        if total and any(stage in seconds for seconds in timed)
+        if total and any(stage in seconds for seconds in charged)
     }
     figures = {
         "reward_first": mean(rewards[:tenth]),
@@ -225,6 +228,11 @@ def summarize(name: str, steps: Sequence[Step], events: Sequence[Mapping[str, An
         "r3_stages": stages,
         "events": dict(Counter(event["kind"] for event in events)),
     }
+
+
+def replays(step: Step) -> bool:
+    """Say whether a step replayed routes: one that only looked at them is not charged with R3's stages."""
+    return bool(step.get("rows", {}).get("replayed", True))
 
 
 def _collapsed(steps: Sequence[Step], rewards: Sequence[Number], tenth: int) -> bool:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from r3_adapter.runs.files import Number, Step
-from r3_adapter.runs.log import R3_STAGES, ROWS, STAGES
+from r3_adapter.runs.log import R3_STAGES, ROWS, STAGES, replays
 from r3_adapter.runs.variants import MAX_POINTS, Curve, Figure, Variant, at, ratio
 
 # Okabe and Ito's colours that are readable on white; told apart with each common kind of colour blindness.
@@ -252,7 +252,7 @@ def agreement_charts(variants: Sequence[Variant], width: int) -> list[Chart]:
 def stage_charts(variants: Sequence[Variant]) -> list[Chart]:
     """Draw mean seconds of the stages, stacked, with R3's as one; and R3's one by one, as shares of the step."""
     labels = [variant.label for variant in variants]
-    means = [{stage: variant.mean(at(f"seconds/{stage}")) for stage in (*STAGES, "step")} for variant in variants]
+    means = [{stage: variant.mean(_seconds(stage)) for stage in (*STAGES, "step")} for variant in variants]
     timed = [found for found in means if any(value is not None for value in found.values())]
     if not timed:
         return []
@@ -278,6 +278,12 @@ def stage_charts(variants: Sequence[Variant]) -> list[Chart]:
             _bars(title, "share of the step", labels, shares, "%{x:.3~%}", _not_recorded(without), percent=True)
         )
     return charts
+
+
+def _seconds(stage: str) -> Figure:
+    """Return what reads a stage's seconds; R3's count where routes were replayed, else as "other"."""
+    seconds = at(f"seconds/{stage}")
+    return seconds if stage not in R3_STAGES else lambda step: seconds(step) if replays(step) else None
 
 
 def _share(part: float | None, whole: float | None) -> float | None:

@@ -19,7 +19,8 @@ import ray
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.ray.cluster import cluster
-from r3_adapter.ray.loop import Loop, LoopOptions
+from r3_adapter.ray.loop import Loop
+from r3_adapter.ray.options import LoopOptions
 from r3_adapter.rl.tasks import END
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
@@ -176,11 +177,21 @@ def options_of(checkpoint: Path, folder: Path, **more: Any) -> LoopOptions:
     )
 
 
+def damage(checkpoint: Path) -> None:
+    """Flip a bit of the optimizer's state."""
+    path = checkpoint / "optimizer.1.pt"
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+
+
 def main(argv: Sequence[str]) -> None:
     checkpoint, folder = map(Path, argv)
     with cluster(object_store_bytes=STORE_BYTES):
         Loop(options_of(checkpoint, folder, num_rollouts=10), observe).run()
         assert not FAULTS, FAULTS
+        damage(folder / "checkpoints" / "00000010")
+        (folder / "checkpoints" / "00000010.bak").mkdir()
         # Stopped, and gone on with, past the checkpoint that it began from.
         Loop(options_of(checkpoint, folder, num_rollouts=20), observe).run()
         # Two turns, several conversations from one prompt at once.

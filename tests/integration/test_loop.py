@@ -1,6 +1,7 @@
 """The running loop: it meets faults and goes on, and no step trains on a route that is not its token's."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -53,12 +54,18 @@ def test_a_run_goes_on_after_each_fault_and_trains_on_no_wrong_route(folder: Pat
     assert live and all(share < 0.97 for layers in live for share in layers.values())
     kinds = Counter(event["kind"] for event in events)
     assert kinds["engine_restarted"] == 5, events
-    killed = [event for event in events if "of the engine (sglang::" in event["what"]]
-    assert [event["step"] for event in killed] == [5, 7], "an engine whose scheduler is killed is found by itself"
+    restarted = [(event["step"], event["what"]) for event in events if event["kind"] == "engine_restarted"]
+    assert [step for step, _ in restarted] == [1, 5, 5, 6, 7]
+    assert re.search(r"^engine 0: EngineLost: process \d+ of the engine \(sglang::\w+\) has ended; 3 ", restarted[1][1])
     assert kinds["trace_lost"] >= 1 and kinds["trace_damaged"] >= 3
     assert kinds["weights_failed"] == 2 and kinds["trainer_restarted"] == 1 and kinds["resumed"] == 2
     said = " ".join(event["what"] for event in events if event["kind"] == "trace_damaged")
     assert "digest" in said and "prompt" in said
+    (damaged,) = [event for event in events if event["kind"] == "checkpoint_damaged"]
+    assert damaged["step"] == 8 and damaged["what"].endswith("; going on from step 8")
+    assert "checkpoints/00000010/optimizer.1.pt: sha256" in damaged["what"]
+    there = sorted(path.name for path in (folder / "faults" / "checkpoints").iterdir())
+    assert there == ["00000010.bak", "00000010.damaged", "00000018", "00000020"]
     (lost,) = [event for event in events if event["kind"] == "trainer_restarted"]
     assert lost["step"] == 8 and lost["what"] == "rank 1: ActorDiedError: it was killed by `ray.kill`."
     assert [step["step"] for step in steps if "kl_ref" in step] == [], "no reference was scored"

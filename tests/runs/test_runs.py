@@ -2,11 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from r3_adapter.errors import R3Error
+from r3_adapter.report import last_line
 from r3_adapter.runs.log import Run, RunLog, summarize
+from r3_adapter.runs.page import page
 
 HOSTILE_LINES = {
     b"{": "no JSON",
@@ -213,6 +216,31 @@ def test_summary_is_what_the_steps_say():
         "r3_stages": {"capture": 1.0 / 8, "replay": 0.25 / 8},
         "events": {"trace_lost": 2, "resumed": 1},
     }
+
+
+def test_a_run_that_replays_nothing_is_not_charged_with_r3():
+    seconds = {"step": 2.0, "capture": 0.5, "transport": 0.25, "repack": 0.25}
+    live = [{"step": 0, "rows": {"replayed": 0, "live": 90}, "seconds": seconds}]
+    summary = summarize("x", live, [])
+    assert "r3_share" not in summary and summary["r3_stages"] == {} and summary["seconds"] == 2.0
+    assert "R3" not in last_line(summary, Path("page"))
+    replayed = [{"step": 1, "rows": {"replayed": 90, "live": 0}, "seconds": seconds}]
+    assert summarize("x", live + replayed, [])["r3_share"] == 0.25
+
+
+def test_secrets_are_neither_written_nor_shown(tmp_path, config):
+    flags = {"sglang_args": {"api_key": "s3cr3t", "ssl_keyfile_password": "s3cr3t", "inner": [{"hf_token": "s3cr3t"}]}}
+    flags |= {"proxy": "http://me:s3cr3t@host/x", "max_total_tokens": 64, "admin_api_key": None}
+    with RunLog(tmp_path / "run", {**config, "flags": flags}):
+        pass
+    written = (tmp_path / "run" / "config.json").read_text()
+    assert "s3cr3t" not in written and written.count("(hidden)") == 4 and '"max_total_tokens": 64' in written
+    with RunLog(tmp_path / "run", {**config, "flags": {**flags, "admin_api_key": "s3cr3t"}}, resume_at=0):
+        pass
+    assert "s3cr3t" not in (tmp_path / "run" / "events.jsonl").read_text()
+    # A folder of an older version.
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "flags": flags}))
+    assert "s3cr3t" not in page([Run.load(tmp_path / "run")])
 
 
 def test_summary_of_nothing_has_no_figures():

@@ -64,7 +64,9 @@ def test_every_sample_is_in_one_micro_batch_and_ranks_have_as_many(
 
 
 def test_too_few_samples_are_refused() -> None:
-    with pytest.raises(LayoutError, match=r"4 samples < 6 micro-batches \(dp 2 x 3\)"):
+    with pytest.raises(
+        LayoutError, match=r"^4 samples of a step < 6 micro-batches \(dp 2 x 3, a multiple of 3 optimizer steps\)$"
+    ):
         share_out(items_of(rollouts([5] * 4), "grpo"), ParallelLayout(dp=2), micro_batch_size=8, num_steps=3)
 
 

@@ -1,0 +1,70 @@
+"""What a run must have before anything is started: its model, its task, and the packages that its report needs."""
+
+import argparse
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r3_adapter.arguments import add_plan_arguments, layout_of
+from r3_adapter.errors import R3Error
+from r3_adapter.megatron.checkpoint import Checkpoint
+from r3_adapter.plan.checks import checks_of_model
+from r3_adapter.plan.model import ModelShape
+from r3_adapter.plan.request import PlanRequest
+from r3_adapter.rl.tasks import Task
+
+
+def check_report() -> None:
+    """Refuse a run whose report could not be written at its end.
+
+    Raises:
+        R3Error: plotly is not installed.
+    """
+    if importlib.util.find_spec("plotly") is None:
+        raise R3Error("the run's report is drawn with plotly, which is not installed: pip install 'r3-adapter[report]'")
+
+
+def check_model(args: argparse.Namespace, folder: Path, task: Task) -> None:
+    """Refuse a checkpoint that the flags or the task do not fit.
+
+    args: flags of the loop.
+
+    Raises:
+        R3Error: the first thing that does not fit, with both operands.
+    """
+    with Checkpoint(folder) as checkpoint:
+        config = checkpoint.config
+    if config.get("model_type") != "qwen3_moe":
+        raise R3Error(f"{folder}: model_type {config.get('model_type')!r} != 'qwen3_moe', the one that is trained here")
+    _check_tokens(folder, config, task)
+    plan = add_plan_arguments(argparse.ArgumentParser()).parse_args(["--model-config", str(folder)])
+    request = PlanRequest.from_args(
+        argparse.Namespace(**{**vars(plan), **vars(args)}), ModelShape.from_file(folder), layout_of(args)
+    )
+    for check in checks_of_model(request):
+        if not check.passed:
+            raise R3Error(f"{check.name}: {check.says}")
+    _check_megatron_arguments(args.megatron_args)
+
+
+def _check_tokens(folder: Path, config: Mapping[str, Any], task: Task) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [task.prompt(rng) for _ in range(32)]
+    turns = [turn for prompt in prompts for turn in task.answer(prompt)]
+    largest = max(token for tokens in (*prompts, *turns) for token in tokens)
+    if largest >= config["vocab_size"]:
+        raise R3Error(f"{folder}: vocab_size ({config['vocab_size']}) <= token {largest} of the task")
+
+
+def _check_megatron_arguments(arguments: Mapping[str, Any]) -> None:
+    if not arguments:
+        return
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = {field.name for field in fields(TransformerConfig)}
+    if unknown := sorted(arguments.keys() - known):
+        raise R3Error(f"--megatron-args {unknown[0]!r} is no field of TransformerConfig")
