@@ -35,7 +35,7 @@ from r3_adapter.sglang.plugin import check_installed
 from r3_adapter.sglang.sampling import check_engine, checked_all, checked_params, scored_temperature
 from r3_adapter.sglang.server_arguments import check_server_arguments
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.sglang.shared import MEMORY, fetch_payload
+from r3_adapter.sglang.shared import fetch_payload, payload_folder
 
 Prompts = Sequence[Sequence[int]]
 SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -74,8 +74,8 @@ class Engine:
             from sglang.srt.entrypoints.engine import Engine as SGLang
 
             if self.settings.shared_memory:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="r3-routes-", dir=MEMORY))
-                arguments["routed_experts_dir"], self._folder = folder, Path(folder)
+                self._folder = stack.enter_context(payload_folder())
+                arguments["routed_experts_dir"] = str(self._folder)
             try:
                 self._engine = SGLang(**arguments)
             except TypeError as error:
