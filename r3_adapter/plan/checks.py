@@ -131,6 +131,9 @@ def _engines(request: PlanRequest) -> Iterator[Check]:
     layers = model.facts.num_layers
     says = f"rollout pp ({engines.pp}) {'<=' if engines.pp <= layers else '>'} num_layers ({layers})"
     yield Check("engine: pipeline stages", engines.pp <= layers, says)
+    if model.num_states and engines.arguments.get("max_total_tokens") is None:
+        says = f"max_total_tokens (None) must be given: {model.num_states} layers have states in place of a KV cache"
+        yield Check("engine: KV slots", False, says)
     cut = max(engines.tp // engines.ep, 1)
     yield divides(
         "engine: inner size of an expert", "tp / ep_size", cut, "moe_intermediate_size", model.expert_ffn_size

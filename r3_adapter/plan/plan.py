@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from r3_adapter.plan.checks import Check, run_checks
+from r3_adapter.plan.model import windows
 from r3_adapter.plan.request import PlanRequest
 from r3_adapter.plan.sizes import (
     CaptureBuffers,
@@ -137,6 +138,7 @@ def _notes(request: PlanRequest) -> Iterator[str]:
         yield f"The trainer's table of weights is for qwen3_moe, not {model.family}: to be planned, not started yet."
     if model.num_mtp_layers:
         yield f"{model.num_mtp_layers} multi-token prediction layers: not built, not replayed, not counted."
+    yield from windows(model)
     if request.trainer_arguments.get("moe_router_fusion"):
         yield "moe_router_fusion: a router that is given experts takes the unfused path."
     if request.engines.size > request.machines.gpus_per_node:

@@ -227,7 +227,7 @@ class EngineMemory(NamedTuple):
 def engine_memory(request: PlanRequest) -> EngineMemory:
     """Return weights and KV pool of a GPU; without max_total_tokens the pool is what the static fraction leaves.
 
-    With a pipeline the weights are those of the stage with most of them, the KV that of the one with most layers.
+    With a pipeline the weights are those of the stage with most of them, the KV that of the one that caches most.
     """
     model, engines = request.model, request.engines
     stages = engine_stages(model.facts.num_layers, engines.pp)
@@ -237,11 +237,11 @@ def engine_memory(request: PlanRequest) -> EngineMemory:
     )
     weights = -(-model.dtype_size * parameters // engines.tp)
     attention = max(engines.tp // engines.dp, 1)
-    heads = 1 if model.num_kv_heads is None else max(model.num_kv_heads // attention, 1)
-    token = max(map(len, stages)) * heads * model.kv_size * model.dtype_size
+    token = model.dtype_size * max(model.kv_size(layers, attention) for layers in stages)
     fraction = float(engines.arguments.get("mem_fraction_static") or 0.85)
     left = max(int(fraction * request.machines.gpu_memory) - weights, 0)
-    return EngineMemory(weights, token, int(engines.arguments.get("max_total_tokens") or left // token), fraction)
+    slots = int(engines.arguments.get("max_total_tokens") or (left // token if token else 0))
+    return EngineMemory(weights, token, slots, fraction)
 
 
 def weight_bytes(model: ModelShape) -> int:

@@ -19,7 +19,9 @@ from r3_adapter.errors import CaptureError, UnknownModelError
 if TYPE_CHECKING:
     from torch import nn
 
-_TOPK = ("top_k", "topk", "moe_topk", "moe_top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+TOPK_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
+"""What configurations call the experts of a token."""
+_ATTRIBUTES = (*TOPK_NAMES, "top_k", "topk")
 _EXPERTS = re.compile(r"Expert|NaiveMoe")
 _KEPT = 16
 _models: "OrderedDict[str, MetaModel]" = OrderedDict()
@@ -87,7 +89,7 @@ class MetaModel:
 
     def _topk(self, block: "nn.Module", where: str) -> int:
         found = set(_topk_values(block)) or {
-            value for name in _TOPK if type(value := getattr(self.config, name, None)) is int
+            value for name in TOPK_NAMES if type(value := getattr(self.config, name, None)) is int
         }
         if len(found) != 1:
             said = " and ".join(map(str, sorted(found))) or "nothing"
@@ -228,7 +230,7 @@ def _block_of(layer: "nn.Module", name: str, where: str) -> str:
 
 def _topk_values(block: "nn.Module") -> Iterator[int]:
     for module in block.modules():
-        for name in _TOPK:
+        for name in _ATTRIBUTES:
             if type(value := vars(module).get(name)) is int:
                 yield value
 
