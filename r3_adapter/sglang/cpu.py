@@ -1,5 +1,6 @@
 """What lets SGLang run without a GPU: an environment, stand-ins to import, a host allocator. With a GPU: nothing."""
 
+import importlib
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -45,6 +46,32 @@ def enable_cpu() -> None:
     stubs = [] if has_gpu() else _stub_paths()
     os.environ.update(cpu_environment())
     sys.path[:0] = stubs
+    if stubs:
+        _tell_transformers()
+
+
+def _tell_transformers() -> None:
+    """Let a transformers that was imported before the stand-in of torchvision was there look for it again.
+
+    It remembers which packages there are, and puts placeholders in the place of classes that want one that is missing.
+
+    Source: transformers@5.12.1: utils/import_utils.py:_LazyModule
+    """
+    importlib.invalidate_caches()
+    utils: Any = sys.modules.get("transformers.utils.import_utils")
+    if utils is None:
+        return
+    for function in vars(utils).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    if not utils.is_torchvision_available():
+        return
+    for module in [each for each in sys.modules.values() if isinstance(each, utils._LazyModule)]:
+        for name, missing in list(module._object_missing_backend.items()):
+            if set(missing) == {"torchvision"}:
+                del module._object_missing_backend[name]
+                if getattr(vars(module).get(name), "is_dummy", False):
+                    delattr(module, name)
 
 
 def use_plain_host_memory() -> None:
