@@ -28,7 +28,7 @@ from r3_adapter.rl.preflight import check_model, check_report
 from r3_adapter.rl.tasks import END, VOCABULARY, task_named
 from r3_adapter.runs.page import write_page
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 TINY = TinyModel(num_layers=4, num_experts=16, topk=4, vocab_size=VOCABULARY, max_length=256, initializer_range=0.06)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -223,6 +223,8 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
             pp_size=args.rollout_pp_size,
             radix_cache=True,
             random_seed=args.seed,
+            # The tiny model's pool; a real one gets what SGLang finds room for.
+            max_total_tokens=None if args.hf_checkpoint else ENGINE["max_total_tokens"],
             max_running_requests=args.rollout_batch_size * args.n_samples_per_prompt,
             extra=args.sglang_args,
         ),

@@ -17,7 +17,7 @@ from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 16, 128
 
@@ -65,9 +65,9 @@ def roll_out(checkpoint: Path, dtype: str, num_samples: int, seed: int, tick: Ti
     """Generate from random prompts, each from its own tokens so that no two share a prefix."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(3, TinyModel().vocab_size, (num_samples, PROMPT_TOKENS)).tolist()
-    settings = EngineSettings(model_path=str(checkpoint), dtype=dtype, random_seed=seed)
+    settings = EngineSettings(model_path=str(checkpoint), dtype=dtype, random_seed=seed, **ENGINE)
     params = {"temperature": 1.0, "max_new_tokens": RESPONSE_TOKENS, "ignore_eos": True}
-    return rollout_in_subprocess(settings, prompts, params, progress=tick)
+    return rollout_in_subprocess(settings, prompts, params, batch_size=16, progress=tick)
 
 
 def payload_sizes(samples: Sequence[Sample], facts: ModelFacts) -> dict[str, float]:

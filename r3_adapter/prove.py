@@ -23,7 +23,7 @@ from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.trace import RoutingTrace
 
 PERTURBED_SHARE = 0.2
@@ -175,10 +175,12 @@ def perturbed_rollout(
         dtype="float32",
         random_seed=seed,
         radix_cache=scene.radix_cache,
-        max_total_tokens=SMALL_POOL if scene.retract else 8192,
+        **{**ENGINE, **({"max_total_tokens": SMALL_POOL} if scene.retract else {})},
         perturb=Perturbation(seed=seed, fraction=PERTURBED_SHARE),
     )
-    samples = rollout_in_subprocess(settings, prompts, params, recomputed="split", follow_ups=follow_ups, progress=tick)
+    samples = rollout_in_subprocess(
+        settings, prompts, params, recomputed="split", batch_size=16, follow_ups=follow_ups, progress=tick
+    )
     if scene.retract and len(samples) == len(prompts):
         raise R3Error(f"no request was retracted with a pool of {SMALL_POOL} tokens: nothing was proved")
     return samples

@@ -1,8 +1,9 @@
 """A tiny Qwen3-MoE checkpoint with random weights, for the self-test and the quickstart."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from r3_adapter.errors import check_choice
 
@@ -24,6 +25,10 @@ class TinyModel:
     max_length: int = 2048
     initializer_range: float = 0.2
     expert_size: int | None = None
+
+
+ENGINE: Mapping[str, Any] = {"max_total_tokens": 8192, "max_running_requests": 16}
+"""Sizes of a rollout engine for such a model: without them SGLang takes a share of the machine's memory."""
 
 
 def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel | None = None) -> None:

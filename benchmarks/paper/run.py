@@ -133,7 +133,9 @@ def loop_options(
         checkpoint=checkpoint,
         layout=LAYOUT,
         policy=options,
-        engine=EngineSettings(str(checkpoint), radix_cache=True, random_seed=seed, max_running_requests=128),
+        engine=EngineSettings(
+            str(checkpoint), radix_cache=True, random_seed=seed, max_total_tokens=8192, max_running_requests=128
+        ),
         task=TASK,
         sampling_params=PARAMS,
         batch_size=8,
@@ -184,7 +186,9 @@ def roll_out(args: argparse.Namespace, checkpoint: Path, seed: int, num_samples:
 
 
 def engine_settings(checkpoint: Path, seed: int) -> EngineSettings:
-    return EngineSettings(str(checkpoint), random_seed=seed, max_running_requests=128, radix_cache=False)
+    return EngineSettings(
+        str(checkpoint), random_seed=seed, max_total_tokens=8192, max_running_requests=128, radix_cache=False
+    )
 
 
 def measure(args: argparse.Namespace, seed: int, dense: bool, out: Path) -> None:

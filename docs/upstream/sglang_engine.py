@@ -13,7 +13,7 @@ from r3_adapter.sglang.cpu import enable_cpu
 from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 enable_cpu()  # before anything imports transformers
 SHAPE = TinyModel()
@@ -26,7 +26,9 @@ def start_engine(folder: str | Path = "", **options: Any) -> Engine:
     if not folder:
         folder = Path(tempfile.mkdtemp())
         write_checkpoint(folder, dtype="float32", seed=0)
-    return Engine(EngineSettings(str(folder), routed_experts_format="flat", **{"log_level": "error", **options}))
+    return Engine(
+        EngineSettings(str(folder), routed_experts_format="flat", **{**ENGINE, "log_level": "error", **options})
+    )
 
 
 def write_tokenizer(folder: str) -> None:

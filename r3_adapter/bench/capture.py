@@ -159,6 +159,7 @@ def _serve(folder: Path, name: str) -> None:
         dtype="float32",
         routed_experts_format="safetensors" if name == "patched" else "flat",
         max_total_tokens=SLOTS,
+        max_running_requests=16,
         extra=_EXTRA[name],
     )
     with Engine(settings) as engine:

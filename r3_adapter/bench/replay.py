@@ -22,7 +22,7 @@ from r3_adapter.processes import run_together
 from r3_adapter.rollout import save_samples
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 16, 112
 WARM_UP = 2
@@ -37,9 +37,9 @@ def bench_replay(
         folder = Path(name)
         write_checkpoint(folder / "model", dtype="float32", seed=seed)
         prompts = np.random.default_rng(seed).integers(3, TinyModel().vocab_size, (SAMPLES, PROMPT_TOKENS)).tolist()
-        settings = EngineSettings(model_path=str(folder / "model"), dtype="float32", random_seed=seed)
+        settings = EngineSettings(model_path=str(folder / "model"), dtype="float32", random_seed=seed, **ENGINE)
         params = {"temperature": 1.0, "max_new_tokens": RESPONSE_TOKENS, "ignore_eos": True}
-        save_samples(folder / "samples", rollout_in_subprocess(settings, prompts, params))
+        save_samples(folder / "samples", rollout_in_subprocess(settings, prompts, params, batch_size=16))
         (folder / "out").mkdir()
         request = ScoreRequest(
             checkpoint=str(folder / "model"),

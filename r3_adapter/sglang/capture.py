@@ -3,10 +3,8 @@
 S: tokens of the sample (prompt and output); L: decoder layers; M: MoE layers; K: experts a token.
 """
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +12,29 @@ import numpy.typing as npt
 from r3_adapter.errors import CaptureError, TraceError, check_choice
 from r3_adapter.sglang.computation import Computation, read_computations
 from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.reply import (
+    Policy,
+    check_finished,
+    from_base64,
+    info_of,
+    output_ids_of,
+    payload_of,
+    version_rows,
+    was_aborted,
+)
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
 
-Policy = Literal["raise", "keep"]
+__all__ = [
+    "check_finished",
+    "computations_from_reply",
+    "decode_native",
+    "payload_of",
+    "trace_from_native_reply",
+    "trace_from_reply",
+]
+
+NPY = b"\x93NUMPY"
+"""How the bytes of numpy's own format begin."""
 
 
 def trace_from_reply(reply: Mapping[str, Any], prompt_ids: Sequence[int], **options: Any) -> RoutingTrace:
@@ -29,6 +47,10 @@ def trace_from_reply(reply: Mapping[str, Any], prompt_ids: Sequence[int], **opti
         TraceError: The payload is malformed.
     """
     found = computations_from_reply(reply, prompt_ids, **options)
+    if not found:
+        raise CaptureError(
+            f"{options.get('place', 'reply')}: aborted before any token was computed, so it has no routes"
+        )
     if len(found) > 1:
         raise CaptureError(
             f"{options.get('place', 'reply')}: computed {len(found)} times, since it was retracted; "
@@ -56,7 +78,8 @@ def computations_from_reply(
     missing: whether a token that was fed forward and has no route is an error, or stays as one that was not captured.
     aborted: whether a request that was aborted is an error, or gives the routes of what it computed until then.
 
-    Returns the computations in order; each one's tokens are the front of the next one's, the last has all.
+    Returns the computations in order; each one's tokens are the front of the next one's, the last has all. None, if the
+    request was aborted before anything was computed for it.
 
     Raises:
         CaptureError: No routes, or routes of other tokens or of another model.
@@ -64,12 +87,14 @@ def computations_from_reply(
     """
     check_choice("missing", missing, Policy, CaptureError)
     check_finished(reply, place, aborted=aborted)
-    output_ids = reply.get("output_ids")
-    if output_ids is None:
-        raise CaptureError(f"{place}: no output_ids in the reply")
+    output_ids = output_ids_of(reply, place)
+    if not output_ids and was_aborted(reply, place) and reply["meta_info"].get("routed_experts") is None:
+        return []
     payload = payload_of(reply, place)
     if payload[:1] == b"{" and len(payload) < 256:
         raise CaptureError(f"{place}: routes are in shared memory; say in which folder (--routed-experts-dir)")
+    if payload[:6] == NPY:
+        raise CaptureError(f"{place}: payload is numpy's .npy, as of vLLM; read it with r3_adapter.vllm.trace_from_npy")
     if payload[8:9] != b"{":
         raise CaptureError(
             f"{place}: payload of {len(payload)} bytes is not safetensors; "
@@ -102,13 +127,13 @@ def trace_from_native_reply(
         TraceError: A row repeats an expert.
     """
     check_finished(reply, place)
-    info = reply["meta_info"]
+    info = info_of(reply, place)
     versions = info.get("weight_versions")
     if versions is None:
         versions = info.get("weight_version", "default")
     return decode_native(
         payload_of(reply, place),
-        token_ids=[*prompt_ids, *reply["output_ids"]],
+        token_ids=[*prompt_ids, *output_ids_of(reply, place)],
         num_prompt_tokens=len(prompt_ids),
         facts=facts,
         weight_versions=versions,
@@ -138,7 +163,7 @@ def decode_native(
 
     Source: sglang@0.5.20: srt/state_capturer/routed_experts.py, srt/utils/weight_versions.py
     """
-    data = _from_base64(payload, place) if isinstance(payload, str) else payload
+    data = from_base64(payload, place)
     shape = (len(token_ids) - 1, facts.num_layers, facts.topk)
     if len(data) != 4 * shape[0] * shape[1] * shape[2]:
         raise CaptureError(
@@ -146,10 +171,30 @@ def decode_native(
             " (tokens - 1, decoder layers, topk)"
         )
     routes = np.frombuffer(data, dtype="<i4").reshape(shape)
+    return trace_of_rows(
+        routes,
+        token_ids=token_ids,
+        num_prompt_tokens=num_prompt_tokens,
+        facts=facts,
+        weight_versions=weight_versions,
+        place=place,
+    )
+
+
+def trace_of_rows(
+    routes: npt.NDArray[Any],
+    *,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    facts: ModelFacts,
+    weight_versions: str | Sequence[Mapping[str, Any]],
+    place: str,
+) -> RoutingTrace:
+    """Make a trace of routes [S - 1, L, K], of any integer type, of all decoder layers; see decode_native."""
     _check_native(routes, facts, place)
     topk_ids = np.zeros((len(token_ids), len(facts.layer_ids), facts.topk), ids_dtype(facts.num_experts))
     topk_ids[:-1] = routes[:, list(facts.layer_ids)]
-    version_ids, names = _row_versions(weight_versions, num_prompt_tokens, len(token_ids), place)
+    version_ids, names = version_rows(weight_versions, num_prompt_tokens, len(token_ids), place)
     try:
         return RoutingTrace(
             topk_ids=topk_ids,
@@ -161,57 +206,6 @@ def decode_native(
         )
     except TraceError as error:
         raise TraceError(f"{place}: {error}") from error
-
-
-def payload_of(reply: Mapping[str, Any], place: str) -> bytes | memoryview:
-    """Return the bytes of a reply's routes, in whichever form they are; a handle is not followed.
-
-    Raises:
-        CaptureError: There are none, or no base64.
-    """
-    payload = reply.get("meta_info", {}).get("routed_experts")
-    if payload is None:
-        raise CaptureError(
-            f"{place}: no routed_experts in meta_info; start SGLang with --enable-return-routed-experts "
-            "and ask with return_routed_experts"
-        )
-    return _from_base64(payload, place) if isinstance(payload, str) else payload
-
-
-def check_finished(reply: Mapping[str, Any], place: str, *, aborted: Policy = "raise") -> None:
-    """Refuse an error in place of a reply, and, unless asked to keep it, a request that was aborted.
-
-    Raises:
-        CaptureError: It is one of these.
-    """
-    check_choice("aborted", aborted, Policy, CaptureError)
-    if "meta_info" not in reply:
-        raise CaptureError(f"{place}: not a reply: {str(dict(reply))[:500]}")
-    reason = reply["meta_info"].get("finish_reason")
-    if not reason or (aborted == "raise" and reason.get("type") == "abort"):
-        raise CaptureError(f"{place}: finish_reason {reason} != stop or length")
-
-
-def logprobs_of(reply: Mapping[str, Any], place: str) -> npt.NDArray[np.float32]:
-    """Return [R] float32, the log-probability of each output token.
-
-    Raises:
-        CaptureError: There are none, or they are of other tokens.
-    """
-    check_finished(reply, place)
-    pairs = reply["meta_info"].get("output_token_logprobs")
-    if pairs is None:
-        raise CaptureError(f"{place}: no output_token_logprobs in meta_info; ask with return_logprob")
-    if [pair[1] for pair in pairs] != list(reply["output_ids"]):
-        raise CaptureError(f"{place}: log-probabilities of {len(pairs)} tokens are not of the output_ids")
-    return np.array([pair[0] for pair in pairs], np.float32)
-
-
-def _from_base64(text: str, place: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise CaptureError(f"{place}: routed_experts is not base64: {error}") from error
 
 
 def _check_order(found: Sequence[Computation], num_prompt_tokens: int, num_tokens: int, start: int, place: str) -> None:
@@ -266,26 +260,3 @@ def _check_native(routes: npt.NDArray[np.int32], facts: ModelFacts, place: str) 
     wrong = [layer for layer in dense if routes[:, layer].any()]
     if wrong:
         raise CaptureError(f"{place}: layer {wrong[0]} has routes, but the MoE layers are {list(facts.layer_ids)}")
-
-
-def _row_versions(
-    versions: str | Sequence[Mapping[str, Any]], num_prompt_tokens: int, num_tokens: int, place: str
-) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
-    """Return version_ids [S] int32 and the versions' names; output token j was computed by the row before it."""
-    num_outputs = num_tokens - num_prompt_tokens
-    spans: Sequence[Mapping[str, Any]] = (
-        [{"version": versions, "start": 0, "end": num_outputs}] if isinstance(versions, str) else versions
-    )
-    names = tuple(dict.fromkeys(str(span["version"]) for span in spans))
-    version_ids = np.full(num_tokens, NOT_CAPTURED, np.int32)
-    at = 0
-    for span in spans:
-        if span["start"] != at:
-            raise CaptureError(f"{place}: weight_versions {list(spans)}: a span starts at {span['start']} != {at}")
-        at = span["end"]
-        first = 0 if span["start"] == 0 else num_prompt_tokens - 1 + span["start"]
-        version_ids[first : num_prompt_tokens - 1 + at] = names.index(str(span["version"]))
-    if at != num_outputs:
-        raise CaptureError(f"{place}: weight_versions end at output token {at} != {num_outputs}")
-    version_ids[-1] = NOT_CAPTURED
-    return version_ids, names

@@ -7,9 +7,10 @@ import numpy as np
 
 from r3_adapter.errors import CaptureError
 from r3_adapter.rollout import Sample
-from r3_adapter.sglang.capture import computations_from_reply, logprobs_of, payload_of
+from r3_adapter.sglang.capture import computations_from_reply
 from r3_adapter.sglang.computation import Computation, join_turns
 from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.reply import logprobs_of, payload_of
 from r3_adapter.sglang.sampling import scored_temperature
 
 

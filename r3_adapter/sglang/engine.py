@@ -1,45 +1,35 @@
-"""Roll out prompts with SGLang: in this process, in one of its own, or at a running server; samples come back.
-
-A scheduler that fails takes down the whole process tree, its caller included: where that matters, use
-rollout_in_subprocess.
-"""
+"""Roll out prompts with SGLang, in this process or in one of its own; samples come back."""
 
 import json
 import os
 import sys
 import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from r3_adapter.errors import CaptureError, R3Error, check_choice
+from r3_adapter.errors import CaptureError, R3Error, check_choice, check_whole
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
-from r3_adapter.sglang.capture import (
-    computations_from_reply,
-    logprobs_of,
-    payload_of,
-    trace_from_native_reply,
-)
 from r3_adapter.sglang.cpu import cpu_environment, enable_cpu, has_gpu
 from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.guard import EngineProcesses
+from r3_adapter.sglang.http import generate_over_http
 from r3_adapter.sglang.perturb import VARIABLE
 from r3_adapter.sglang.plugin import check_installed
-from r3_adapter.sglang.sampling import check_engine, checked_all, checked_params, scored_temperature
+from r3_adapter.sglang.samples import Prompts, Recomputed, checked_prompt, checked_prompts, native_bytes, samples_of
+from r3_adapter.sglang.sampling import SamplingParams, check_engine, checked_all, checked_params
 from r3_adapter.sglang.server_arguments import check_server_arguments
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import fetch_payload, payload_folder
 
-Prompts = Sequence[Sequence[int]]
-SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-Recomputed = Literal["raise", "split"]
+__all__ = ["Engine", "generate_over_http", "native_bytes", "rollout_in_subprocess", "samples_of"]
+Reply = TypeVar("Reply")
 Progress = Callable[[int, int], None]
 """Called with the samples that are done and the number of all."""
 
@@ -54,6 +44,11 @@ class Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
+        if not Path(settings.model_path).is_dir():
+            raise CaptureError(
+                f"model_path {settings.model_path!r} is no folder; download a model of the hub first (`hf download`), "
+                "and name its folder"
+            )
         # The facts are read with transformers, which looks once for what is installed.
         enable_cpu()
         self.facts = ModelFacts.if_known(Path(settings.model_path))
@@ -76,18 +71,30 @@ class Engine:
             if self.settings.shared_memory:
                 self._folder = stack.enter_context(payload_folder())
                 arguments["routed_experts_dir"] = str(self._folder)
+            self._processes = EngineProcesses()
             try:
-                self._engine = SGLang(**arguments)
-            except TypeError as error:
-                raise CaptureError(f"SGLang does not start: {error}; is it patched (`r3 patch verify`)?") from error
+                with self._processes.starting():
+                    self._engine = SGLang(**arguments)
+            except Exception as error:
+                # Arguments are known by now, but to an SGLang without the patches.
+                hint = "; is it patched (`r3 patch verify`)?" if isinstance(error, TypeError) else ""
+                raise CaptureError(f"SGLang does not start: {type(error).__name__}: {error}{hint}") from error
+            self._processes.watch(self._engine)
             self._files = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._engine.shutdown()
-        self._files.close()
+        try:
+            self._processes.end(self._engine)
+        finally:
+            self._files.close()
+
+    @property
+    def death(self) -> str | None:
+        """How the engine died; None while it lives. A call to a dead engine raises CaptureError with it."""
+        return self._processes.death()
 
     def replies(
         self,
@@ -96,7 +103,7 @@ class Engine:
         *,
         routes: bool = True,
         start: int = 0,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         progress: Progress = lambda done, total: None,
     ) -> list[dict[str, Any]]:
         """Generate, and return what SGLang says for each prompt.
@@ -104,25 +111,29 @@ class Engine:
         sampling_params: SGLang's, for all prompts or one for each.
         routes: ask for the routes.
         start: of the tokens from this position on.
+        batch_size: prompts that are given to the engine at once; None for all.
 
         Raises:
-            CaptureError: A sampling parameter that changes what tokens are scored in, see checked_params.
+            CaptureError: A sampling parameter that changes what tokens are scored in, see checked_params; a prompt that
+                is not of the vocabulary or too long; or the engine refuses, or dies.
         """
-        checked, replies = checked_all(sampling_params, len(prompts)), list[dict[str, Any]]()
-        for first in range(0, len(prompts), batch_size):
-            batch = slice(first, first + batch_size)
-            params = checked if isinstance(checked, dict) else checked[batch]
-            found = self._engine.generate(
-                input_ids=[list(prompt) for prompt in prompts[batch]],
-                sampling_params=params,
+        tokens = checked_prompts(prompts, **self._limits())
+        checked, replies = checked_all(sampling_params, len(tokens)), list[dict[str, Any]]()
+        size = len(tokens) if batch_size is None else check_whole("batch_size", batch_size, 1, error=CaptureError)
+        for first in range(0, len(tokens), max(1, size)):
+            batch = slice(first, first + size)
+            call = self._engine.async_generate(
+                input_ids=tokens[batch],
+                sampling_params=checked if isinstance(checked, dict) else checked[batch],
                 return_logprob=True,
                 return_routed_experts=routes,
                 routed_experts_start_len=start,
             )
+            found = self._wait(call)
             if (folder := self._folder) is not None:
                 found = [fetch_payload(reply, folder, f"request {first + at}") for at, reply in enumerate(found)]
             replies += found
-            progress(len(replies), len(prompts))
+            progress(len(replies), len(tokens))
         return replies
 
     async def reply(
@@ -138,15 +149,34 @@ class Engine:
         Raises:
             CaptureError: As `replies`.
         """
-        found = await self._engine.async_generate(
-            input_ids=list(tokens),
+        call = self._engine.async_generate(
+            input_ids=checked_prompt(tokens, **self._limits()),
             sampling_params=checked_params(sampling_params),
             return_logprob=True,
             return_routed_experts=True,
             routed_experts_start_len=start,
             cache_salt=f"{self.weight_version}/{conversation}",
         )
+        found = await self._result_of(call)
         return found if self._folder is None else fetch_payload(found, self._folder, "request")
+
+    def _limits(self) -> Any:
+        """What a prompt may be: of the vocabulary, and shorter than the context."""
+        model = self._engine.tokenizer_manager.model_config
+        return {"vocab_size": model.vocab_size, "context_length": model.context_len}
+
+    def _wait(self, call: Awaitable[Reply]) -> Reply:
+        done: Reply = self._engine.loop.run_until_complete(self._result_of(call))
+        return done
+
+    async def _result_of(self, call: Awaitable[Reply]) -> Reply:
+        """Await a call to SGLang; what it raises becomes a CaptureError."""
+        try:
+            return await self._processes.result_of(call)
+        except R3Error:
+            raise
+        except Exception as error:
+            raise CaptureError(f"SGLang refuses: {type(error).__name__}: {error}") from error
 
     def rescore(self, samples: Sequence[Sample]) -> list[npt.NDArray[np.float32]]:
         """Return [R] float32 a sample: its response's log-probabilities as prefill computes them, all tokens at once.
@@ -163,12 +193,13 @@ class Engine:
                 raise CaptureError(
                     f"sample {index}: temperature {sample.temperature} != 1, at which prompts are scored"
                 )
-        replies = self._engine.generate(
+        call = self._engine.async_generate(
             input_ids=[sample.trace.token_ids.tolist() for sample in samples],
             sampling_params={"max_new_tokens": 0},
             return_logprob=True,
             logprob_start_len=0,
         )
+        replies = self._wait(call)
         found = []
         for index, (reply, sample) in enumerate(zip(replies, samples, strict=True)):
             pairs = reply["meta_info"]["input_token_logprobs"][sample.num_prompt_tokens :]
@@ -225,70 +256,13 @@ class Engine:
         )
 
 
-def samples_of(
-    replies: Sequence[Mapping[str, Any]],
-    prompts: Prompts,
-    facts: ModelFacts | None,
-    *,
-    native: bool = False,
-    place: str = "request",
-    recomputed: Recomputed = "raise",
-    sampling_params: SamplingParams = MappingProxyType({}),
-) -> list[Sample]:
-    """Make samples of replies, in the order of their prompts.
-
-    facts: the routers of the model, as ModelFacts.if_known reads them; None where they are not known: the routes' own
-        layers and experts are then taken as they are.
-    native: the routes are in SGLang's own form, which needs facts.
-    sampling_params: that the replies were asked with, for all prompts or one for each; samples keep the temperature.
-    recomputed: what a request becomes that was retracted, so that its later tokens were sampled under other routes
-        than its earlier ones. "raise": an error. "split": a sample for each of its computations, one after the other;
-        the prompt of a later one is all that was sampled before it.
-
-    Raises:
-        CaptureError: Another number of replies than of prompts, or one that does not belong to its prompt.
-        TraceError: Malformed routes.
-    """
-    check_choice("recomputed", recomputed, Recomputed, CaptureError)
-    checked = checked_all(sampling_params, len(prompts), place=f"{place}, sampling parameters")
-    temperatures = [
-        scored_temperature(checked if isinstance(checked, dict) else checked[at]) for at in range(len(prompts))
-    ]
-    if len(replies) != len(prompts):
-        raise CaptureError(f"{place}: {len(replies)} replies != {len(prompts)} prompts")
-    samples = []
-    for index, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
-        where = f"{place} {index}"
-        size, logprobs = len(payload_of(reply, where)), logprobs_of(reply, where)
-        if native:
-            if facts is None:
-                raise CaptureError(f"{where}: routes in SGLang's own form, of a model whose layers are not known")
-            trace = trace_from_native_reply(reply, prompt, facts, place=where)
-            samples.append(Sample(trace, len(prompt), logprobs, size, temperature=temperatures[index]))
-            continue
-        found = computations_from_reply(reply, prompt, facts=facts, place=where)
-        if recomputed == "raise" and len(found) > 1:
-            raise CaptureError(f"{where}: computed {len(found)} times, since it was retracted; read it as 'split'")
-        for computation in found:
-            start = computation.sampled_start or len(prompt)
-            part = logprobs[start - len(prompt) : computation.stop - len(prompt)]
-            size = size if computation is found[0] else 0
-            samples.append(Sample(computation.trace, start, part, size, temperature=temperatures[index]))
-    return samples
-
-
-def native_bytes(num_tokens: int, facts: ModelFacts) -> int:
-    """Return the size of SGLang's own payload for a sample of so many tokens, before base64."""
-    return 4 * (num_tokens - 1) * facts.num_layers * facts.topk
-
-
 def rollout_in_subprocess(
     settings: EngineSettings,
     prompts: Prompts,
     sampling_params: SamplingParams,
     *,
     recomputed: Recomputed = "raise",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     follow_ups: Sequence[Prompts] = (),
     timeout: float = 600,
     progress: Progress = lambda done, total: None,
@@ -298,7 +272,7 @@ def rollout_in_subprocess(
     recomputed: as in samples_of, which with "split" returns more samples than prompts.
     follow_ups: for each prompt, what is said after each of its turns; then there is a sample for each turn, and the
         conversations run one after the other.
-    batch_size: prompts that are given to the engine at once.
+    batch_size: prompts that are given to the engine at once; None for all.
     timeout: seconds for start and generation together.
     progress: called several times a second with the samples that are done and the number of all.
 
@@ -308,9 +282,10 @@ def rollout_in_subprocess(
     check_choice("recomputed", recomputed, Recomputed, CaptureError)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        request = {"settings": settings.to_json(), "recomputed": recomputed, "batch_size": batch_size}
+        request: dict[str, Any] = {"settings": settings.to_json(), "recomputed": recomputed, "batch_size": batch_size}
         request["follow_ups"] = [[list(turn) for turn in turns] for turns in follow_ups]
-        request |= _for_json(prompts, sampling_params)
+        request["input_ids"] = checked_prompts(prompts)
+        request["sampling_params"] = checked_all(sampling_params, len(prompts))
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "r3_adapter.sglang.worker", f"{folder}/request.json", f"{folder}/samples"]
         bar = folder / "samples.progress"
@@ -324,51 +299,6 @@ def rollout_in_subprocess(
         except R3Error as error:
             raise CaptureError(f"rollout engine: {error}") from error
         return load_samples(folder / "samples")
-
-
-def generate_over_http(
-    url: str,
-    prompts: Prompts,
-    sampling_params: SamplingParams,
-    facts: ModelFacts | None,
-    *,
-    native: bool = False,
-    recomputed: Recomputed = "raise",
-    timeout: float = 600,
-    shared_memory: Path | None = None,
-) -> list[Sample]:
-    """Generate at a running server (one POST to /generate for all prompts); return a sample for each prompt.
-
-    url: as in "http://127.0.0.1:30000".
-    shared_memory: the --routed-experts-dir of a server on this host; None if the routes come with the replies.
-    recomputed: as in samples_of.
-
-    Raises:
-        CaptureError: The server refuses or cannot be reached, or a reply cannot be used.
-        TraceError: Malformed routes.
-    """
-    check_choice("recomputed", recomputed, Recomputed, CaptureError)
-    body = {"return_logprob": True, "return_routed_experts": True, **_for_json(prompts, sampling_params)}
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            replies = json.load(answer)
-    except urllib.error.HTTPError as error:
-        raise CaptureError(f"{url}: {error}: {error.read()[:500].decode(errors='replace')}") from error
-    except (OSError, ValueError) as error:
-        raise CaptureError(f"{url}: {error}") from error
-    place = f"{url} request"
-    if shared_memory is not None:
-        replies = [fetch_payload(reply, shared_memory, f"{place} {at}") for at, reply in enumerate(replies)]
-    return samples_of(
-        replies, prompts, facts, native=native, place=place, recomputed=recomputed, sampling_params=sampling_params
-    )
-
-
-def _for_json(prompts: Prompts, sampling_params: SamplingParams) -> dict[str, Any]:
-    params = checked_all(sampling_params, len(prompts))
-    return {"input_ids": [list(prompt) for prompt in prompts], "sampling_params": params}
 
 
 @contextmanager

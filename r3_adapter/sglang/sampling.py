@@ -14,6 +14,8 @@ from typing import Any
 
 from r3_adapter.errors import CaptureError
 
+SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
 UNSCORED = frozenset(
     {
         # What is drawn, of a distribution that stays.

@@ -1,11 +1,12 @@
 """How a rollout engine is started, and the form of it in a file."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from r3_adapter.errors import CaptureError, check_choice
+from r3_adapter.errors import CaptureError, check_choice, check_whole, show
 from r3_adapter.sglang.perturb import Perturbation
 
 Format = Literal["safetensors", "flat"]
@@ -20,13 +21,14 @@ class EngineSettings:
     routed_experts_format: "safetensors" needs the patched SGLang; "flat" is its own form.
     shared_memory: hand the routes over in files below /dev/shm, which are mapped; needs the patched SGLang.
     max_total_tokens: size of the KV cache in tokens; None leaves it to SGLang, which takes most of the memory.
+    max_running_requests: requests that are computed at once; None leaves it to SGLang.
     weight_version: the engine's name for the checkpoint's weights, which rows carry.
     overlap: overlap scheduling; None for off without a GPU, where it gains nothing, and on with one.
     perturb: select random experts in some rows; for proofs.
     extra: more arguments of sglang.Engine, which win over these.
 
     Raises:
-        CaptureError: a format that is not known.
+        CaptureError: a format that is not known, or a value of another kind.
     """
 
     model_path: str
@@ -37,8 +39,8 @@ class EngineSettings:
     routed_experts_format: Format = "safetensors"
     random_seed: int = 0
     context_length: int | None = None
-    max_total_tokens: int | None = 8192
-    max_running_requests: int | None = 16
+    max_total_tokens: int | None = None
+    max_running_requests: int | None = None
     weight_version: str = "default"
     overlap: bool | None = None
     log_level: str = "warning"
@@ -48,6 +50,20 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         check_choice("routed_experts_format", self.routed_experts_format, Format, CaptureError)
+        if not isinstance(self.model_path, str | os.PathLike) or not str(self.model_path):
+            raise CaptureError(f"model_path {show(self.model_path)} is no path of a folder")
+        # A path would not go into the settings' file.
+        object.__setattr__(self, "model_path", str(self.model_path))
+        if not isinstance(self.perturb, Perturbation | None):
+            raise CaptureError(
+                f"perturb {show(self.perturb)} is no Perturbation; Perturbation.parse reads 'SEED:FRACTION'"
+            )
+        if not isinstance(self.extra, Mapping):
+            raise CaptureError(f"extra {show(self.extra)} is no mapping of SGLang's arguments")
+        for name in ("tp_size", "pp_size", "context_length", "max_total_tokens", "max_running_requests"):
+            value = getattr(self, name)
+            if value is not None or name in ("tp_size", "pp_size"):
+                check_whole(name, value, 1, error=CaptureError)
 
     def engine_arguments(self, *, gpu: bool) -> dict[str, Any]:
         """Return the keyword arguments of sglang.Engine."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import CaptureError
-from r3_adapter.sglang.capture import payload_of
+from r3_adapter.sglang.reply import info_of, payload_of
 
 MEMORY = Path("/dev/shm")
 PREFIX = "r3-routes-"
@@ -86,7 +86,7 @@ def fetch_payload(reply: dict[str, Any], folder: Path, place: str) -> dict[str, 
 
     Source: patches/sglang: srt/state_capturer/routed_experts_files.py
     """
-    info = reply.get("meta_info", {})
+    info = info_of(reply, place)
     if info.get("routed_experts") is None:
         return reply
     payload = payload_of(reply, place)
@@ -101,7 +101,7 @@ def _read_handle(handle: bytes, place: str) -> tuple[str, int]:
         values = json.loads(handle)
     except (ValueError, RecursionError) as error:
         raise CaptureError(f"{place}: handle {handle!r} cannot be read: {error}") from error
-    name, size = values.get("file"), values.get("num_bytes")
+    name, size = (values.get("file"), values.get("num_bytes")) if isinstance(values, dict) else (None, None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CaptureError(f"{place}: file {name!r} of the handle is not 32 hexadecimal digits")
     if type(size) is not int or size < 1:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     """Run a request; return the exit code."""
     path, folder = Path(argv[0]), Path(argv[1])
     request = json.loads(path.read_text(encoding="utf-8"))
-    options = {"batch_size": request["batch_size"]} if "batch_size" in request else {}
+    options = {"batch_size": request.get("batch_size")}
     settings, prompts = EngineSettings.from_json(request["settings"]), request["input_ids"]
     bar = Path(f"{folder}.progress")
 

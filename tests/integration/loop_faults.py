@@ -24,6 +24,7 @@ from r3_adapter.ray.options import LoopOptions
 from r3_adapter.rl.tasks import END
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import ENGINE
 
 # The least that Ray takes.
 STORE_BYTES = 80 << 20
@@ -163,7 +164,11 @@ def options_of(checkpoint: Path, folder: Path, **more: Any) -> LoopOptions:
         layout=ParallelLayout.smallest(ep=2),
         policy=PolicyOptions(replay="r3", lr=1e-5),
         engine=EngineSettings(
-            model_path=str(checkpoint), dtype="float32", radix_cache=True, perturb=Perturbation(seed=3, fraction=0.2)
+            model_path=str(checkpoint),
+            dtype="float32",
+            radix_cache=True,
+            perturb=Perturbation(seed=3, fraction=0.2),
+            **ENGINE,
         ),
         task="sort",
         sampling_params={"temperature": 1.0, "max_new_tokens": 8, "stop_token_ids": [END]},

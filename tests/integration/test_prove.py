@@ -21,7 +21,7 @@ from r3_adapter.prove import INJECTIONS, Scene, damage, judge, perturbed_rollout
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import write_checkpoint
+from r3_adapter.tiny import ENGINE, write_checkpoint
 from r3_adapter.trace import RoutingTrace
 
 pytestmark = pytest.mark.engine
@@ -146,7 +146,7 @@ def test_weights_are_the_checkpoints(checkpoint: Path, sizes: dict[str, int]) ->
     """Nothing perturbed: with the same weights and its own routers, the trainer gives the engine's figures."""
     prompts = np.random.default_rng(0).integers(3, 512, (8, 12)).tolist()
     params = {"temperature": 1.0, "max_new_tokens": 32, "ignore_eos": True}
-    settings = EngineSettings(model_path=str(checkpoint), dtype="float32")
+    settings = EngineSettings(model_path=str(checkpoint), dtype="float32", **ENGINE)
     samples = rollout_in_subprocess(settings, prompts, params)
     scores = score(checkpoint, samples, ParallelLayout.smallest(**sizes))
     rollout = np.concatenate([sample.logprobs for sample in samples])
@@ -184,7 +184,9 @@ def test_bfloat16_trains_close_to_the_rollout(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, dtype="bfloat16", seed=5)
     prompts = np.random.default_rng(5).integers(3, 512, (16, 8)).tolist()
     params = {"temperature": 1.0, "max_new_tokens": 64, "ignore_eos": True}
-    samples = rollout_in_subprocess(EngineSettings(model_path=str(tmp_path), dtype="bfloat16"), prompts, params)
+    samples = rollout_in_subprocess(
+        EngineSettings(model_path=str(tmp_path), dtype="bfloat16", **ENGINE), prompts, params
+    )
     layout, options = ParallelLayout.smallest(tp=2, ep=2, etp=1), TrainerOptions(distributed_optimizer=True)
     scores = score(tmp_path, samples, layout, options, passes=PASSES)
     rollout = np.concatenate([sample.logprobs for sample in samples])

@@ -25,6 +25,7 @@ from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess, sample
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import ENGINE
 from r3_adapter.trace import RoutingTrace
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -100,7 +101,7 @@ def _prompts(requests: Sequence[tuple[int, Mapping[str, Any]]]) -> list[list[int
 def replies(sites: dict[str, Path], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each engine replied: one request after the other, so that all of them see the same batches."""
     folder = tmp_path_factory.mktemp("replies")
-    shared = {"model_path": str(checkpoint), "dtype": "float32"}
+    shared: Any = {"model_path": str(checkpoint), "dtype": "float32", **ENGINE}
     flat = EngineSettings(**shared, routed_experts_format="flat")
     perturbed = EngineSettings(**shared, overlap=True, perturb=Perturbation(1, 0.2))
     runs = {
@@ -206,7 +207,7 @@ def test_an_engine_finds_its_rollout_as_likely_in_one_go(
 ) -> None:
     samples = samples_of(replies["safetensors"], _prompts(REQUESTS), facts)
     save_samples(tmp_path / "samples", samples)
-    settings, out = EngineSettings(str(checkpoint), dtype="float32").to_json(), tmp_path / "out.npy"
+    settings, out = EngineSettings(str(checkpoint), dtype="float32", **ENGINE).to_json(), tmp_path / "out.npy"
     command = [sys.executable, str(RESCORE), settings, str(tmp_path / "samples"), str(out)]
     run_together([command], env=[cpu_environment()], timeout=TIMEOUT)
     found = np.load(out)

@@ -13,6 +13,7 @@ import pytest
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import ENGINE
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
 sglang = importlib.util.module_from_spec(SPEC)
@@ -94,7 +95,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
     commands, environments = [], []
     for core, family in enumerate((GLM4, OLMOE)):
         path = write_family(folder / family.name, family)
-        settings = EngineSettings(str(path), dtype="float32", radix_cache=True)
+        settings = EngineSettings(str(path), dtype="float32", radix_cache=True, **ENGINE)
         params = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
         request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": params}
         (folder / f"{family.name}.json").write_text(json.dumps(request), encoding="utf-8")

@@ -17,7 +17,7 @@ from r3_adapter.series import load_series
 from r3_adapter.sglang.cpu import cpu_environment, has_gpu
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import MEMORY
-from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -64,7 +64,7 @@ def test_ranks_return_the_rows_of_one(tmp_path: Path) -> None:
     prompts = [rng.integers(3, SHAPE.vocab_size, length).tolist() for length in (6, 15, 3)]
     samples, before = {}, set(MEMORY.glob(FOLDERS))
     for name, (cores, allocated, options) in LAYOUTS.items():
-        settings = EngineSettings(str(tmp_path / "model"), dtype="float32", log_level="info", **options)
+        settings = EngineSettings(str(tmp_path / "model"), dtype="float32", log_level="info", **{**ENGINE, **options})
         request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": PARAMS}
         (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
         out = tmp_path / name

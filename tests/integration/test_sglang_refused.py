@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.tiny import ENGINE
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
 sglang = importlib.util.module_from_spec(SPEC)
@@ -32,7 +33,7 @@ def _write_dense(folder: Path) -> Path:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
     """A dense model, asked for routes, while the other server starts."""
     folder = tmp_path_factory.mktemp("dense")
-    settings = EngineSettings(str(_write_dense(folder / "model")), dtype="float32")
+    settings = EngineSettings(str(_write_dense(folder / "model")), dtype="float32", **ENGINE)
     with (folder / "log").open("w") as out:
         process = subprocess.Popen(
             sglang.command(settings),
@@ -52,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dense: object) -> Iterator[
     folder = tmp_path_factory.mktemp("server")
     weights = {"v1": sglang.write_checkpoint(folder / "v1", 0)}
     extra = {"enable_return_routed_experts": False, "skip_tokenizer_init": False}
-    settings = EngineSettings(str(weights["v1"]), dtype="float32", routed_experts_format="flat", extra=extra)
+    settings = EngineSettings(str(weights["v1"]), dtype="float32", routed_experts_format="flat", extra=extra, **ENGINE)
     with sglang.serve(folder, weights, settings) as found:
         yield found
 

@@ -49,6 +49,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pp_size=request.param,
         radix_cache=True,
         max_total_tokens=POOL,
+        max_running_requests=16,
         overlap=True,
         perturb=Perturbation(1, 0.2),
         extra=extra,

@@ -14,6 +14,7 @@ from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import MEMORY
+from r3_adapter.tiny import ENGINE
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
 sglang = importlib.util.module_from_spec(SPEC)
@@ -33,7 +34,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     (Path(memory) / ("0" * 32)).write_bytes(b"left")
     extra = {"routed_experts_dir": memory, "weight_version": "v1"}
     settings = EngineSettings(
-        str(weights["v1"]), dtype="float32", radix_cache=True, overlap=True, perturb=Perturbation(1, 0.2), extra=extra
+        str(weights["v1"]),
+        dtype="float32",
+        radix_cache=True,
+        overlap=True,
+        perturb=Perturbation(1, 0.2),
+        extra=extra,
+        **ENGINE,
     )
     with sglang.serve(folder, weights, settings) as found:
         assert os.listdir(memory) == []
