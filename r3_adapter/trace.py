@@ -106,16 +106,42 @@ class RoutingTrace:
         part.__dict__.update({name: getattr(self, name)[start:stop] for name in _PER_TOKEN})
         return part
 
+    def append_tokens(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> "RoutingTrace":
+        """Return the trace with tokens behind it that no engine computed, as an end token that a client adds.
+
+        Their rows are not captured, so that routers route them themselves.
+
+        Raises:
+            TraceError: what are no token ids.
+        """
+        try:
+            tokens = np.asarray(token_ids)
+        except ValueError:  # lists of several lengths
+            tokens = np.asarray(None)
+        if tokens.ndim == 1 and tokens.size == 0:
+            return self
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= 1 << 31:
+            raise TraceError(f"token_ids {show(token_ids)} are not a list of whole numbers from 0 to {(1 << 31) - 1}")
+        rest = replace(
+            self,
+            topk_ids=np.zeros((len(tokens), *self.topk_ids.shape[1:]), self.topk_ids.dtype),
+            token_ids=tokens.astype(np.int32),
+            version_ids=np.full(len(tokens), NOT_CAPTURED, np.int32),
+        )
+        return concatenate([self, rest])
+
     def at_layers(self, layer_ids: Collection[int]) -> "RoutingTrace":
         """Return the trace of some of its layers, such as those of a pipeline stage.
 
         Raises:
             TraceError: a layer that the trace does not have.
         """
-        wanted = np.unique(np.fromiter(layer_ids, np.int32))
-        missing = np.setdiff1d(wanted, self.layer_ids)
-        if len(missing):
-            raise TraceError(f"layer {missing[0]} is none of the trace's {self.layer_ids.tolist()}")
+        known = set(self.layer_ids.tolist())
+        layers = sorted({check_whole("layer", layer, error=TraceError) for layer in layer_ids})
+        for layer in layers:
+            if layer not in known:
+                raise TraceError(f"layer {show(layer)} is none of the trace's {self.layer_ids.tolist()}")
+        wanted = np.array(layers, np.int32)
         if len(wanted) == len(self.layer_ids):
             return self
         chosen = freeze(np.take(self.topk_ids, np.searchsorted(self.layer_ids, wanted), axis=1))

@@ -158,11 +158,18 @@ def read_header(buffer: memoryview, place: str, *, max_header: int = MAX_HEADER)
 
 
 def read_tensors(
-    data: Data, place: str, form: str | None, names: Collection[str], *, max_header: int = MAX_HEADER
+    data: Data,
+    place: str,
+    form: str | None,
+    names: Collection[str],
+    *,
+    optional: Collection[str] = (),
+    max_header: int = MAX_HEADER,
 ) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
     """Split safetensors bytes, with just these tensors, into views and metadata; they may be hostile.
 
     form: what the metadata must name as their format; None for any.
+    optional: names of tensors that may be missing.
 
     Raises:
         TraceError: bytes that are something else, or whose checksum, where there is one, differs; names `place`.
@@ -171,7 +178,7 @@ def read_tensors(
     header = read_header(buffer, place, max_header=max_header)
     if form is not None and header.metadata.get("format") != form:
         raise TraceError(f"{place}: format {show(header.metadata.get('format'))} != {form!r}")
-    if header.tensors.keys() != set(names):
+    if header.tensors.keys() - set(optional) != set(names):
         raise TraceError(f"{place}: tensors {show(sorted(header.tensors))} != {sorted(names)}")
     if "checksum" in header.metadata:
         check_checksum(buffer, place)

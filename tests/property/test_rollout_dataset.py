@@ -96,7 +96,7 @@ def sample_of(rng: np.random.Generator, num_tokens: int) -> Sample:
     ids[-1], version_ids[-1] = 0, -1
     tokens = rng.integers(0, 1000, num_tokens).astype(np.int32)
     trace = RoutingTrace(ids, tokens, version_ids, np.arange(48, dtype=np.int32), 128, ("1", "2"))
-    return Sample(trace, 7, rng.random(num_tokens - 7).astype(np.float32))
+    return Sample(trace, 7, -rng.random(num_tokens - 7).astype(np.float32))
 
 
 def test_folders_are_read_lazily_and_as_a_whole(folders: list[SampleFolder]) -> None:
