@@ -4,16 +4,15 @@ N: segments; T: tokens of a rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import index
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from r3_adapter.errors import LayoutError, check_choice
+from r3_adapter.errors import LayoutError, check_choice, check_whole, show
 
 QkvFormat = Literal["sbhd", "thd"]
 
@@ -37,7 +36,8 @@ class ParallelLayout:
     Source: megatron/core/parallel_state.py@0.16.1:initialize_model_parallel, order "tp-cp-ep-dp-pp".
 
     Raises:
-        LayoutError: a size below 1, an expert grid that does not divide the world, or chunks without a pipeline.
+        LayoutError: a size that is no whole number or below 1, an expert grid that does not divide the world, or chunks
+            without a pipeline.
     """
 
     tp: int = 1
@@ -52,8 +52,10 @@ class ParallelLayout:
         if self.etp is None:
             object.__setattr__(self, "etp", self.tp)
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"{name} ({getattr(self, name)}) < 1 in {self}")
+            size = check_whole(name, getattr(self, name), error=LayoutError)
+            object.__setattr__(self, name, size)
+            if size < 1:
+                raise LayoutError(f"{name} ({show(size)}) < 1 in {self}")
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(f"vpp ({self.vpp}) > 1, but pp is 1 in {self}")
         if self.stage_size % self.expert_size:
@@ -66,7 +68,9 @@ class ParallelLayout:
         cls, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, ep: int = 1, etp: int | None = None, dp: int = 1
     ) -> "ParallelLayout":
         """Return the layout of the smallest world that the dense and the expert grid both divide."""
-        dense, expert = tp * cp * dp, (tp if etp is None else etp) * ep
+        sizes = {"tp": tp, "cp": cp, "dp": dp, "etp": tp if etp is None else etp, "ep": ep}
+        tp, cp, dp, expert_tp, ep = (check_whole(name, size, error=LayoutError) for name, size in sizes.items())
+        dense, expert = tp * cp * dp, expert_tp * ep
         if min(dense, expert) < 1:
             raise LayoutError(f"tp * cp * dp ({dense}) and etp * ep ({expert}) must both be at least 1")
         return cls(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp * math.lcm(dense, expert) // dense)
@@ -90,8 +94,9 @@ class ParallelLayout:
         """Return the coordinates of a global rank.
 
         Raises:
-            LayoutError: rank outside the world.
+            LayoutError: rank that is no whole number or outside the world.
         """
+        rank = check_whole("rank", rank, error=LayoutError)
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank ({rank}) outside world of {self.world_size} in {self}")
         assert self.etp is not None
@@ -116,7 +121,8 @@ class Packing:
     rooms: the tokens of each sample, padding included.
 
     Raises:
-        LayoutError: another format, no samples, a room below 0, or rooms that differ in "sbhd".
+        LayoutError: another format, no samples, a room that is no whole number or below 0, or rooms that differ in
+            "sbhd".
     """
 
     qkv_format: QkvFormat
@@ -124,6 +130,7 @@ class Packing:
 
     def __post_init__(self) -> None:
         check_choice("qkv_format", self.qkv_format, QkvFormat, LayoutError)
+        object.__setattr__(self, "rooms", tuple(_whole_numbers("rooms", self.rooms)))
         if not self.rooms:
             raise LayoutError(f"a {self.qkv_format} micro-batch without samples")
         for sample, room in enumerate(self.rooms):
@@ -135,16 +142,17 @@ class Packing:
     @classmethod
     def padded(cls, num_samples: int, seq_length: int) -> "Packing":
         """Return the packing "sbhd" of samples that are padded to one length."""
-        return cls("sbhd", (index(seq_length),) * index(num_samples))
+        room = check_whole("seq_length", seq_length, error=LayoutError)
+        return cls("sbhd", (room,) * check_whole("num_samples", num_samples, error=LayoutError))
 
     @classmethod
     def packed(cls, cu_seqlens_padded: Sequence[int] | npt.NDArray[np.integer]) -> "Packing":
         """Return the packing "thd" of samples that begin and end at [num_samples + 1] cumulated padded lengths.
 
         Raises:
-            LayoutError: lengths that do not begin with 0, or decrease.
+            LayoutError: lengths that are no whole numbers, do not begin with 0, or decrease.
         """
-        bounds = [index(bound) for bound in cu_seqlens_padded]
+        bounds = _whole_numbers("cu_seqlens_padded", cu_seqlens_padded)
         if not bounds or bounds[0] != 0:
             raise LayoutError(f"cu_seqlens_padded {bounds} does not begin with 0")
         return cls("thd", tuple(stop - start for start, stop in pairwise(bounds)))
@@ -157,6 +165,14 @@ class Packing:
     def num_tokens(self) -> int:
         """Number of tokens of the micro-batch, padding included."""
         return sum(self.rooms)
+
+
+def _whole_numbers(name: str, numbers: Iterable[object]) -> list[int]:
+    try:
+        found = enumerate(numbers)
+    except TypeError:
+        raise LayoutError(f"{name} ({show(numbers)}) are not whole numbers") from None
+    return [check_whole(f"{name}[{at}]", number, error=LayoutError) for at, number in found]
 
 
 def local_num_tokens(packing: Packing, layout: ParallelLayout) -> int:

@@ -4,7 +4,6 @@ S: tokens of a sample; M: MoE layers; K: experts a token; E: experts; T: tokens 
 """
 
 from collections.abc import Iterator, Sequence
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from r3_adapter.repack import (
     rank_tokens,
     rename_versions,
     unite,
+    whole_layers,
 )
 from r3_adapter.trace import ids_dtype
 
@@ -72,7 +72,7 @@ def relayout(
     tokens = [token_ids[sample] for sample in chosen]
     if input_ids is not None:
         _check_tokens(tokens, segments, rank_tokens(input_ids, packing, layout, coords.tp_rank))
-    layers = np.array([index(layer) for layer in layer_ids], dtype=np.int32)
+    layers = whole_layers(layer_ids)
     find_layers(layers, layers)
     versions, maps = unite([shard.weight_versions for shard in shards])
     empty = aligned_empty if arena is None else arena.empty

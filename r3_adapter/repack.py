@@ -5,7 +5,6 @@ S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts;
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from r3_adapter import _core
 from r3_adapter.arena import Arena, aligned_empty
-from r3_adapter.errors import LayoutError, TraceError
+from r3_adapter.errors import LayoutError, TraceError, check_whole
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
 from r3_adapter.trace import ModelId, RoutingTrace, ids_dtype
 
@@ -146,7 +145,7 @@ def repack(
             token_ids=None if expected is None else [trace.token_ids for trace in traces],
             expected_ids=expected,
             version_maps=maps,
-            num_threads=num_threads,
+            num_threads=check_whole("num_threads", num_threads, error=LayoutError),
         )
     except ValueError as error:
         raise TraceError(f"rank {rank}: {error}") from error
@@ -181,7 +180,7 @@ def collect(
     """
     if not shards:
         raise LayoutError("no shards")
-    layers = np.array([index(layer) for layer in layer_ids], dtype=np.int32)
+    layers = whole_layers(layer_ids)
     layer_indices = [find_layers(shard.layer_ids, layers)[1] for shard in shards]
     topk, model = shards[0].topk_ids.shape[2], one_model(shards)
     versions, maps = unite([shard.weight_versions for shard in shards])
@@ -198,7 +197,7 @@ def collect(
             version_ids=version_ids,
             layer_ids=layers,
             num_experts=num_experts,
-            num_threads=num_threads,
+            num_threads=check_whole("num_threads", num_threads, error=LayoutError),
         )
     except ValueError as error:
         raise TraceError(f"{error}") from error
@@ -244,12 +243,24 @@ def _check_traces(traces: Sequence[RoutingTrace], packing: Packing) -> None:
             )
 
 
+def whole_layers(layer_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+    """Return decoder layers as int32.
+
+    Raises:
+        LayoutError: one that is no whole number from 0.
+    """
+    layers = [check_whole("layer_ids", layer, 0, error=LayoutError) for layer in layer_ids]
+    if layers and max(layers) >= 1 << 31:
+        raise LayoutError(f"layer {max(layers)} >= {1 << 31}")
+    return np.array(layers, dtype=np.int32)
+
+
 def find_layers(
     wanted: Sequence[int] | npt.NDArray[np.integer], known: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """Return the wanted layers and their indices in the known ones."""
     at = {int(layer): place for place, layer in enumerate(known)}
-    layers = [index(layer) for layer in wanted]
+    layers = [check_whole("layer_ids", layer, error=LayoutError) for layer in wanted]
     for layer in layers:
         if layer not in at:
             raise LayoutError(f"layer {layer} is none of the MoE layers {known.tolist()}")

@@ -5,6 +5,7 @@ import pytest
 
 from r3_adapter.errors import LayoutError
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
+from r3_adapter.repack import find_layers, whole_layers
 
 
 @pytest.mark.parametrize("sizes", list(itertools.product((1, 2), (1, 2), (1, 2), (1, 2, 4), (1, 2))))
@@ -104,8 +105,6 @@ def test_packings_that_cannot_be_are_refused():
     for make, message in cases:
         with pytest.raises(LayoutError, match=message):
             make()
-    with pytest.raises(TypeError):
-        Packing.packed([0, 4.5])
 
 
 def test_sizes_that_do_not_divide_are_refused():
@@ -124,3 +123,41 @@ def test_sizes_that_do_not_divide_are_refused():
             local_num_tokens(packing, layout)
         with pytest.raises(LayoutError, match=message):
             local_segments(packing, layout, layout.coords(0))
+
+
+WRONG = [2.0, 1.5, "2", None, True, np.True_, np.float32(2), [2], float("nan")]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=map(repr, WRONG))
+@pytest.mark.parametrize("name", ["tp", "pp", "vpp", "cp", "ep", "etp", "dp"])
+def test_sizes_that_are_no_whole_numbers_are_refused(name, value):
+    if (name, value) == ("etp", None):
+        return
+    with pytest.raises(LayoutError, match=rf"^{name} \(.*\) is not a whole number$"):
+        ParallelLayout(**{name: value})
+    if name not in ("pp", "vpp"):
+        with pytest.raises(LayoutError, match=rf"{name} \(.*\) is not a whole number$"):
+            ParallelLayout.smallest(**{name: value})
+
+
+@pytest.mark.parametrize("value", WRONG, ids=map(repr, WRONG))
+def test_lengths_and_ranks_that_are_no_whole_numbers_are_refused(value):
+    calls = [
+        lambda: Packing.padded(value, 4),
+        lambda: Packing.padded(2, value),
+        lambda: Packing.packed([0, value]),
+        lambda: Packing("thd", (4, value)),
+        lambda: ParallelLayout(tp=2).coords(value),
+        lambda: find_layers([value], np.array([2], np.int32)),
+        lambda: whole_layers([value]),
+    ]
+    for call in calls:
+        with pytest.raises(LayoutError):
+            call()
+
+
+def test_whole_numbers_of_any_type_are_the_same_sizes():
+    layout = ParallelLayout(tp=np.int64(2), cp=np.uint8(2), dp=np.array(3))
+    assert layout == ParallelLayout(tp=2, cp=2, dp=3) and type(layout.tp) is int and hash(layout)
+    assert Packing.packed(np.array([0, 4, 8])) == Packing("thd", (4, 4)) == Packing("thd", [np.int32(4), 4])
+    assert ParallelLayout(tp=2).coords(np.int64(1)) == ParallelLayout(tp=2).coords(1)
