@@ -74,7 +74,7 @@ _BY_NAMESPACE = {
         eplb_rebalance_num_iterations expert_balancedness_report_mode expert_distribution_recorder_buffer_size
         expert_distribution_recorder_mode flashinfer_a2a_dispatch_type flashinfer_mxfp4_moe_precision
         fuseep_mode init_expert_location kt_cpuinfer kt_method kt_num_gpu_experts kt_threadpool_count
-        kt_weight_path moe_a2a_backend mooncake_ib_device
+        kt_weight_path mooncake_ib_device
     """,
     "exec.offload": """
         cpu_offload_gb offload_group_size offload_mode offload_num_in_group offload_prefetch_step

@@ -50,7 +50,6 @@ def _only_here(reason: str, allowed: tuple[Any, ...], beside: str, refused: tupl
     return Refusal(reason, allowed, refused, "adapter", beside)
 
 
-_OLD_GUARD = "the guard is for what its flags say; the argument is not read there"
 _OF_SAMPLES = "rows are right; the sample is not what a trainer can score"
 _NO_CAPTURE = "the engine then captures nothing, and says so"
 
@@ -68,17 +67,20 @@ REFUSED: Mapping[str, Refusal] = {
     "enable_hisparse": Refusal(_FOREIGN_KV, _NO),
     "radix_cache_backend": Refusal("it may offload KV"),
     "enable_prefill_cp": _only_here(_SEVERAL_RANKS, _NO, "attn_cp_size, which it is for, is refused there"),
-    "enable_unified_memory": _only_here("rows are written at kernel ids and read at virtual ids", _NO, _OLD_GUARD),
-    "enable_pdmux": _only_here("prefill and decode run at once and write the same rows", _NO, _OLD_GUARD),
-    "dllm_algorithm": _only_here("a diffusion model computes each KV slot several times", (), _OLD_GUARD),
+    "enable_unified_memory": Refusal("rows are written at kernel ids and read at virtual ids", _NO),
+    "enable_pdmux": Refusal("prefill and decode run at once and write the same rows", _NO),
+    "dllm_algorithm": Refusal("a diffusion model computes each KV slot several times"),
     "prefill_only_disable_kv_cache": _only_here("there are no KV slots to keep rows in", _NO, _NO_CAPTURE),
     "decoupled_spec_role": _only_here("rows of rejected tokens", ("null",), "speculative_algorithm is refused there"),
     "uno_lora_path": _only_here("rows of rejected tokens", (), "speculative_algorithm is refused there"),
-    "elastic_ep_backend": _only_here(_LOST_RANK, (), _OLD_GUARD),
-    "elastic_ep_rejoin": _only_here(_LOST_RANK, _NO, _OLD_GUARD),
-    "ep_join_mode": _only_here(_LOST_RANK, (), _OLD_GUARD),
-    "moe_dp_size": _only_here("that rows stay on the rank of their tokens is not known", (1,), _OLD_GUARD),
-    "dwdp_size": _only_here("that rows stay on the rank of their tokens is not known", (1,), _OLD_GUARD),
+    "elastic_ep_backend": Refusal(_LOST_RANK),
+    "elastic_ep_rejoin": _only_here(_LOST_RANK, _NO, "elastic_ep_backend, which it is for, is refused there"),
+    "ep_join_mode": _only_here(_LOST_RANK, (), "elastic_ep_backend, which it is for, is refused there"),
+    "moe_dp_size": Refusal("that rows stay on the rank of their tokens is not known", (1,)),
+    "dwdp_size": Refusal("that rows stay on the rank of their tokens is not known", (1,)),
+    "moe_a2a_backend": Refusal(
+        "ranks choose the experts of a part of a request's tokens", ("none", "deepep", "deepep_v2")
+    ),
     # Experts that are not those of the router, or of another model.
     "moe_runner_backend": Refusal(
         "it chooses the experts itself",
@@ -92,8 +94,8 @@ REFUSED: Mapping[str, Refusal] = {
         "the engine's model would not be that of the checkpoint's configuration", ("", "{}", {}), _OF_SAMPLES
     ),
     "forward_hooks": _only_here("hooks change what modules compute", ([],), _OF_SAMPLES),
-    "enable_lora": _only_here(_ADAPTERS, _NO, _OLD_GUARD),
-    "lora_paths": _only_here(_ADAPTERS, ([], {}, ""), _OLD_GUARD),
+    "enable_lora": Refusal(_ADAPTERS, _NO),
+    "lora_paths": _only_here(_ADAPTERS, ([], {}, ""), "it sets enable_lora, which is refused there"),
     # Nothing is sampled.
     "is_embedding": _only_here("an embedding model samples no tokens", _NO, _OF_SAMPLES),
     "encoder_only": _only_here("an encoder samples no tokens", _NO, _OF_SAMPLES),

@@ -38,9 +38,12 @@ def refusals(changes):
     def nested(bag):
         return SimpleNamespace(**{name: nested(x) if isinstance(x, dict) else x for name, x in bag.items()})
     space = nested(bags)
-    for name in ("disagg", "exec", "memory", "parallel", "spec"):
-        setattr(guard, f"get_{name}", lambda name=name: getattr(space, name))
-    found = [*guard._memory_refusals(), *guard._parallel_refusals()]
+    for name in vars(space):
+        if hasattr(guard, f"get_{name}"):
+            setattr(guard, f"get_{name}", lambda name=name: getattr(space, name))
+    guard.is_moe_input_scattered_across_dp_ranks = lambda: False
+    names = [name for name in vars(guard) if name.endswith("_refusals") and name != "_model_refusals"]
+    found = [pair for name in names for pair in getattr(guard, name)()]
     return [reason for refused, reason in found if refused]
 
 asked = json.load(sys.stdin)
@@ -51,8 +54,8 @@ print(json.dumps({"fields": list(fields), "none": refusals({}), "answers": answe
 
 VALUES = {"attn_cp_size": 2, "dcp_size": 2, "disaggregation_mode": "prefill", "speculative_algorithm": "EAGLE"}
 VALUES |= {"radix_cache_backend": "mine"}
-OF_MODULES = {"moe_runner_backend"}
-"""What the guard reads off the model's modules."""
+OF_MODULES = {"moe_runner_backend", "moe_a2a_backend"}
+"""What the guard asks a model's modules and backends for."""
 
 
 def _value(name):
