@@ -16,6 +16,7 @@ from r3_adapter.errors import R3Error, ReplayError, TraceError, check_choice
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.checks import check_layout, check_model
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
+from r3_adapter.megatron.reach import check_reach
 from r3_adapter.repack import LIVE, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
@@ -259,7 +260,9 @@ def prepare(
     rank, layout = _rank(), layout or current_layout()
     check_layout(layout)
     routers = dict(moe_routers(chunk))
-    check_model(unwrapped(chunk), routers, traces)
+    model = unwrapped(chunk)
+    check_model(model, routers, traces)
+    check_reach(chunk, model, routers)
     check_device(tokens, next((router.weight for router in routers.values() if hasattr(router, "weight")), None))
     try:
         if packing is None:

@@ -1,11 +1,13 @@
 """Passes over the micro-batches of a step, by Megatron's own pipeline schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from r3_adapter.megatron.batches import MicroBatch
+from r3_adapter.megatron.reach import routed_live
 from r3_adapter.megatron.replay import ReplayBatch
 from r3_adapter.megatron.temperature import scored_at
 
@@ -98,13 +100,14 @@ def _run(
 
     own: Sequence[Sequence[ReplayBatch | None]] = routes or [[None] * len(batches) for _ in chunks]
     iterators = [iter(zip(batches, each, strict=True)) for each in own]
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=max(each.packing.rooms[0] for each in batches),
-        micro_batch_size=batches[0].packing.num_samples,
-        forward_only=objective is None,
-        collect_non_loss_data=objective is None,
-    )
+    with routed_live(chunks) if live else nullcontext():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=max(each.packing.rooms[0] for each in batches),
+            micro_batch_size=batches[0].packing.num_samples,
+            forward_only=objective is None,
+            collect_non_loss_data=objective is None,
+        )

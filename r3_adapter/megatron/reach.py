@@ -1,0 +1,287 @@
+"""Whether routed_experts reach the routers: before the first step by what the modules take, after it by what they used.
+
+A module that takes any argument and drops it would let the routers select for themselves, without an error. So each
+method on the way must name the argument or hand on what it does not know to one that does, each router is tried with
+two rows, and the first pass that is handed routes compares what its routers used with them, once. A method that is
+replaced later is seen by the next `prepare`, and all is done again. Nothing is left in the model after that pass.
+"""
+
+import inspect
+import sys
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from r3_adapter.errors import ReplayError
+
+ARGUMENT = "routed_experts"
+_SELECT = "topk_routing_with_score_function"
+
+_LAYER, _MLP, _ROUTER = ("forward", "_forward_mlp"), ("forward", "route"), ("forward", "routing")
+
+Way = list[tuple[Any, tuple[str, ...]]]
+"""The modules that hand the argument on, outermost first, each with its methods that do."""
+
+
+@dataclass
+class _Known:
+    """What is known of a model chunk. methods: those that were checked; watch: None after the pass that verified it."""
+
+    methods: list[Any]
+    watch: "_Watch | None"
+
+
+_KNOWN: "weakref.WeakKeyDictionary[torch.nn.Module, _Known]" = weakref.WeakKeyDictionary()
+
+
+def check_reach(chunk: torch.nn.Module, model: Any, routers: Mapping[int, Any]) -> None:
+    """Refuse a model chunk in which the argument does not reach all routers; a chunk is looked at once.
+
+    model: the GPTModel of the chunk; routers: its MoE routers by global layer.
+
+    Raises:
+        ReplayError: Names the layer and the method that does not take it or does not use it, or the passes that were
+            not handed any.
+    """
+    if not isinstance(chunk, torch.nn.Module) or not routers:
+        return
+    way = _way(chunk, model)
+    methods = _methods(way, routers)
+    known = _KNOWN.get(chunk)
+    if known is not None and known.methods == methods:
+        if known.watch is not None:
+            known.watch.check_handed_over()
+        return
+    if known is not None and known.watch is not None:
+        known.watch.close()
+    for owner, names in way:
+        for name in names:
+            _check_takes(owner, name)
+    for layer_id, router in routers.items():
+        _probe(layer_id, router)
+    _KNOWN[chunk] = _Known(methods, _Watch(chunk, model, routers))
+
+
+@contextmanager
+def routed_live(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Say that passes inside are given no routes on purpose, though some were prepared for them."""
+    watches = [known.watch for chunk in chunks if (known := _KNOWN.get(chunk)) and known.watch]
+    for watch in watches:
+        watch.live += 1
+    try:
+        yield
+    finally:
+        for watch in watches:
+            watch.live -= 1
+
+
+def _way(chunk: torch.nn.Module, model: Any) -> Way:
+    way: Way = []
+    module: Any = chunk
+    while module is not model:
+        way.append((module, ("forward",)))
+        module = module.module
+    way += [(model, ("forward",)), (model.decoder, ("forward",))]
+    for layer in model.decoder.layers:
+        if layer.is_moe_layer:
+            # Read as they are kept, which takes a fifth of the time: this is done for each micro-batch.
+            mlp = layer._modules["mlp"]
+            way += [(layer, _LAYER), (mlp, _MLP), (mlp._modules["router"], _ROUTER)]
+    return way
+
+
+def _methods(way: Way, routers: Mapping[int, Any]) -> list[Any]:
+    """Return the way and its methods in a form that keeps no module alive, and equals itself until one is replaced."""
+    kinds, found = {type(owner): names for owner, names in way}, list[Any]()
+    for owner, names in way:
+        found.append(weakref.ref(owner))
+        own = owner.__dict__
+        found += [weakref.ref(own[name]) for name in names if name in own]
+    return found + [getattr(kind, name, None) for kind, names in kinds.items() for name in names] + _selects(routers)
+
+
+def _selects(routers: Mapping[int, Any]) -> list[Any]:
+    """Return the functions that select experts, which routers find in the modules of their classes."""
+    modules = {base.__module__ for kind in {type(router) for router in routers.values()} for base in kind.__mro__}
+    return [found for name in sorted(modules) if (found := getattr(sys.modules.get(name), _SELECT, None)) is not None]
+
+
+def _check_takes(owner: Any, name: str) -> None:
+    """Refuse a method that cannot be handed the argument, or that takes anything and hands it on to nobody."""
+    layer = getattr(owner, "layer_number", None)
+    place = f"{'' if layer is None else f'layer {layer - 1}: '}{type(owner).__name__}.{name}"
+    method = getattr(owner, name, None)
+    if method is None:
+        raise ReplayError(f"{place}: there is none, and it should take {ARGUMENT}")
+    chain = _unwrapped(method)
+    where = f"{getattr(chain[0], '__module__', '?')}.{getattr(chain[0], '__qualname__', type(chain[0]).__name__)}"
+    answers = [_takes(each) for each in chain]
+    if False in answers:
+        raise ReplayError(
+            f"{place} ({where}) takes no {ARGUMENT}; is megatron-core patched (`r3 patch verify`), and by nothing else?"
+        )
+    # An override may hand it on to what it stands for, and a wrapper of models to what is inside.
+    bases = [each for base in type(owner).__mro__ if name in vars(base) for each in _unwrapped(vars(base)[name])]
+    if True not in answers and not any(_takes(each) for each in bases) and not hasattr(owner, "module"):
+        raise ReplayError(
+            f"{place} ({where}) does not name {ARGUMENT} and would swallow it, as any "
+            "argument that it does not know: take that patch off, or let it name the argument and hand it on"
+        )
+
+
+def _unwrapped(method: Any) -> list[Any]:
+    """Return a method and what it stands for, by functools.wraps and functools.partial."""
+    chain: list[Any] = []
+    waiting = [method]
+    while waiting:
+        found = waiting.pop(0)
+        found = getattr(found, "__func__", found)
+        if any(found is each for each in chain):
+            continue
+        chain.append(found)
+        waiting += [each for name in ("func", "__wrapped__") if (each := getattr(found, name, None)) is not None]
+    return [each for each in chain if not isinstance(each, partial)] or chain
+
+
+def _takes(function: Any) -> bool | None:
+    """Tell whether a function names the argument; None if it takes it among others, without a name."""
+    function = getattr(function, "__func__", function)
+    # A signature may be another's (functools.wraps, copy_signature); the code is its own.
+    code = getattr(function, "__code__", None)
+    if code is None:
+        code = getattr(getattr(type(function), "__call__", None), "__code__", None)  # noqa: B004
+    if code is None:
+        return None
+    named = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if ARGUMENT in named:
+        return True
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    return True if ARGUMENT in code.co_consts else None
+
+
+def _probe(layer_id: int, router: Any) -> None:
+    """Refuse a router that does not use the experts that it is given for two rows; nothing is changed by it."""
+    weight, config = router.weight, router.config
+    whole = (config.num_moe_experts, config.hidden_size)
+    if tuple(weight.shape) != whole or (weight.device.type == "cpu" and torch.cuda.is_available()):
+        # Shared out, or not where it works: the first pass tells.
+        return
+    last, topk = config.num_moe_experts - 1, router.topk
+    given = torch.tensor([[last - i for i in range(topk)], list(range(topk))], dtype=torch.int16, device=weight.device)
+    hidden = torch.zeros(2, 1, config.hidden_size, dtype=config.params_dtype, device=weight.device)
+    before = {name: getattr(router, name) for name in ("training", "input_jitter") if hasattr(router, name)}
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            router.training = False
+            # Not by calling the module: its hooks are for real rows.
+            output = router.forward(hidden, **{ARGUMENT: given})
+        used = int(_rows_used(given, output[1]))
+    except (TypeError, ValueError) as error:
+        raise ReplayError(
+            f"layer {layer_id}: its router refuses {ARGUMENT}: {type(error).__name__}: {error}"
+        ) from error
+    except RuntimeError:
+        # Weights that are shared out otherwise: the first pass tells.
+        return
+    finally:
+        for name, value in before.items():
+            setattr(router, name, value)
+    if used != 2:
+        raise ReplayError(
+            f"layer {layer_id}: {type(router).__name__} used the experts given to it in {used} of 2 rows: "
+            f"something between its forward and {_SELECT} drops {ARGUMENT}"
+        )
+
+
+def _rows_used(given: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
+    """Return the number of rows that use just the given experts, or are to be routed live; [] int64, on the device."""
+    ids = given.to(torch.int64)
+    live = ids[:, 0] < 0
+    chosen = routing_map.to(torch.bool)
+    hits = chosen.gather(1, ids.clamp(min=0)).all(1) & (chosen.sum(1) == ids.shape[1])
+    return (hits | live).sum()
+
+
+class _Watch:
+    """Hooks on a chunk until a pass that was handed routes has shown that its routers used them.
+
+    live: how many `routed_live` contexts are open. unfed: training passes that were handed none outside of them.
+    """
+
+    def __init__(self, chunk: torch.nn.Module, model: torch.nn.Module, routers: Mapping[int, Any]) -> None:
+        self.live, self.unfed = 0, 0
+        self._name = type(chunk).__name__
+        # What is known of a chunk must not keep it alive.
+        self._routers = weakref.WeakValueDictionary(routers)
+        self._given: torch.Tensor | None = None
+        self._used: list[list[torch.Tensor]] = []
+        self._on_routers: list[Any] = []
+        self._on_chunk = [chunk.register_forward_pre_hook(self._begin), chunk.register_forward_hook(self._end)]
+        # A wrapper may get routes in another form and hand them on by name.
+        for module in {chunk, model}:
+            self._on_chunk.append(module.register_forward_pre_hook(self._hand_over, with_kwargs=True))
+
+    def check_handed_over(self) -> None:
+        """Refuse to go on if the model was trained without the routes that were prepared for it."""
+        if self.unfed:
+            raise ReplayError(
+                f"{self._name}: {self.unfed} training passes since its first routes were prepared were handed no "
+                f"{ARGUMENT}: pass it on, also through wrappers; if it is left out on purpose, say so with routed_live"
+            )
+
+    def close(self) -> None:
+        """Take all hooks away."""
+        self._leave_routers()
+        for hook in self._on_chunk:
+            hook.remove()
+
+    def _begin(self, *_: Any) -> None:
+        self._leave_routers()
+        self._given = None
+
+    def _hand_over(self, _: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        given = kwargs.get(ARGUMENT)
+        if given is None or self._given is not None:
+            return
+        self._given, self._used = given, [[] for _ in self._routers]
+        for index, router in enumerate(self._routers.values()):
+            self._on_routers.append(router.register_forward_hook(partial(self._note, index), with_kwargs=True))
+
+    def _note(self, index: int, _: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        assert self._given is not None
+        # Live routers may select what was given: they count only if they were given it.
+        passed = kwargs.get(ARGUMENT, args[2] if len(args) > 2 else None)
+        used = torch.zeros(()) if passed is None else _rows_used(self._given[index], output[1])
+        self._used[index].append(used)
+
+    def _end(self, *_: Any) -> None:
+        if self._given is None:
+            self.unfed += torch.is_grad_enabled() and not self.live
+            return
+        rows, wrong = self._given.shape[1], []
+        for layer_id, counts in zip(self._routers, self._used, strict=True):
+            used = [int(count) for count in counts]
+            if used != [rows]:
+                wrong.append(f"layer {layer_id}: {sum(used)} rows in {len(used)} calls")
+        self._begin()
+        if wrong:
+            raise ReplayError(
+                f"rank {torch.distributed.get_rank()}: {self._name} was handed {ARGUMENT} of {rows} rows, and its "
+                f"routers used them otherwise ({'; '.join(wrong)}): something on the way drops or changes them"
+            )
+        self.close()
+        for known in _KNOWN.values():
+            if known.watch is self:
+                known.watch = None
+
+    def _leave_routers(self) -> None:
+        for hook in self._on_routers:
+            hook.remove()
+        self._on_routers.clear()
