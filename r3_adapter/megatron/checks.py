@@ -9,21 +9,8 @@ from packaging.version import Version
 
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.options import SELECTS, refused_options
 from r3_adapter.trace import ModelId, RoutingTrace
-
-NEEDED: Mapping[str, tuple[Any, str]] = {
-    "moe_router_force_load_balancing": (False, "it replaces the logits by random ones"),
-    "moe_router_force_biased": (None, "it replaces the logits by random ones"),
-    "moe_expert_capacity_factor": (None, "it drops tokens from the experts that they were routed to"),
-    "moe_enable_routing_replay": (False, "it selects experts itself"),
-    "cuda_graph_impl": ("none", "graphs are captured without the argument"),
-    "overlap_moe_expert_parallel_comm": (False, "its schedule plan has no argument for routes"),
-    "mlp_chunks_for_training": (1, "a chunk of the sequence is given no routes"),
-}
-"""Fields of TransformerConfig with the value that replay needs, and why; a pin that lacks one has not the option."""
-
-SELECTS = ("sinkhorn", "quantile_balancing")
-"""Kinds of load balancing that select experts themselves."""
 
 _MOST_LAYERS = 1 << 16
 _TP_REPLICAS_MENDED = "0.19"
@@ -55,17 +42,8 @@ def check_config(config: Any, layer_id: int) -> None:
     Raises:
         ReplayError: Names the layer, the option, its value and the one that replay needs.
     """
-    for name, (want, why) in NEEDED.items():
-        found = getattr(config, name, want)
-        if found != want:
-            raise ReplayError(f"layer {layer_id}: {name} ({found!r}) != {want!r}: {why}")
-    chunks = config.virtual_pipeline_model_parallel_size
-    if chunks and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm:
-        # Both neighbours of a stage are one rank then, and its two sends in a batch are not told apart.
-        raise ReplayError(
-            f"layer {layer_id}: batch_p2p_comm (True) != False with pp 2 and vpp {chunks}: megatron-core mixes "
-            "up the chunks' activations; use overlap_p2p_comm"
-        )
+    for name, found, wanted, why in refused_options(vars(config)):
+        raise ReplayError(f"layer {layer_id}: {name} ({found!r}) != {wanted}: {why}")
 
 
 def check_model(model: Any, routers: Mapping[int, Any], traces: Sequence[RoutingTrace]) -> None:

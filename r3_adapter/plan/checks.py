@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from r3_adapter.errors import R3Error
-from r3_adapter.megatron.checks import NEEDED, SELECTS, check_layout
+from r3_adapter.megatron.checks import check_layout
+from r3_adapter.megatron.options import SELECTS, refused_options
 from r3_adapter.plan.request import PlanRequest, length_multiple
 from r3_adapter.repack import local_dtype
 from r3_adapter.sglang.server_arguments import refused_arguments
@@ -159,19 +160,20 @@ def _machines(request: PlanRequest) -> Iterator[Check]:
 
 def _refusals(request: PlanRequest) -> Iterator[Check]:
     given, clean = {**request.trainer_arguments}, True
-    for name, (want, why) in NEEDED.items():
-        if name in given and given[name] != want:
-            clean = False
-            yield Check(f"R3 in the trainer: {name}", False, f"{given[name]!r} != {want!r}: {why}")
+    layout = request.layout
+    sizes = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+    }
+    for name, found, wanted, why in refused_options({**given, **sizes}):
+        clean = False
+        yield Check(f"R3 in the trainer: {name}", False, f"{found!r} != {wanted}: {why}")
     for kind in SELECTS:
         if kind in str(given.get("moe_router_load_balancing_type", "")):
             clean = False
             says = f"{kind!r} != another type: it selects experts itself"
             yield Check("R3 in the trainer: load balancing", False, says)
-    if given.get("batch_p2p_comm") and request.layout.vpp > 1 and request.layout.pp == 2:
-        clean = False
-        says = f"True != False with pp 2 and vpp {request.layout.vpp}: it mixes up the chunks' activations"
-        yield Check("R3 in the trainer: batch_p2p_comm", False, says)
     if clean:
         yield Check("R3 in the trainer", True, f"refuses none of the {len(given)} Megatron arguments given")
     yield from _engine_refusals(request)
