@@ -73,7 +73,8 @@ def _read(data: bytes, place: str) -> np.ndarray[tuple[int, ...], np.dtype[np.in
             raise ValueError(f"format {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream, max_header_size=_MAX_HEADER)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+    except Exception as error:
+        # numpy reads the header as Python's tokens and literals, which fail in many ways.
         raise CaptureError(f"{place}: .npy without a header that can be read: {error}") from error
     if dtype.name not in _DTYPES or not dtype.isnative or fortran or len(shape) != 3:
         raise CaptureError(f"{place}: .npy of {dtype}, shape {list(shape)}, fortran order {fortran}: no routes")

@@ -102,7 +102,30 @@ def computations_from_reply(
         )
     found = read_computations(payload, place=place)
     token_ids = [*prompt_ids, *output_ids]
-    _check_order(found, len(prompt_ids), len(token_ids), start, place)
+    check_computations(
+        found, token_ids, len(prompt_ids), facts=facts, start=start, place=place, complete=missing == "raise"
+    )
+    return found
+
+
+def check_computations(
+    found: Sequence[Computation],
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    *,
+    facts: ModelFacts | None,
+    place: str,
+    start: int = 0,
+    complete: bool = True,
+) -> None:
+    """Check that computations are those of a sample's tokens, in order, and of the model.
+
+    complete: each token that was fed forward must have a route.
+
+    Raises:
+        CaptureError: They are not.
+    """
+    _check_order(found, num_prompt_tokens, len(token_ids), start, place)
     for computation in found:
         trace = computation.trace
         _check_tokens(trace, token_ids[start : computation.stop], start, place)
@@ -110,11 +133,10 @@ def computations_from_reply(
             _check_model(trace, facts, place)
         # The last token was sampled and never fed forward.
         lost = np.flatnonzero(trace.version_ids[:-1] == NOT_CAPTURED)
-        if missing == "raise" and len(lost):
+        if complete and len(lost):
             raise CaptureError(
                 f"{place}: token {start + lost[0]} has no route, nor have {len(lost) - 1} others of {trace.num_tokens}"
             )
-    return found
 
 
 def trace_from_native_reply(

@@ -23,6 +23,7 @@ import pytest
 from r3_adapter.errors import CaptureError
 from r3_adapter.sglang.capture import computations_from_reply
 from r3_adapter.sglang.computation import Computation, join_turns, read_computations
+from r3_adapter.sglang.openai import events_of, sample_of_openai
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 
@@ -353,6 +354,12 @@ def test_the_openai_endpoints_return_the_payload(server: Server, path: str, stre
     assert trace.num_tokens == len(prompt) + 16 == len(prompt) + len(found)
     want = server.references["v1"].logprobs(trace)[len(prompt) - 1 :]
     np.testing.assert_allclose(found, want, atol=EXACT, rtol=0)
+    request = {"temperature": 1.0, "repetition_penalty": 1.0, **logprobs}
+    sample = sample_of_openai(events_of(text) if stream else json.loads(text), request, prompt_ids=prompt)
+    assert sample.trace == trace and sample.num_prompt_tokens == len(prompt)
+    np.testing.assert_array_equal(sample.logprobs, np.array(found, np.float32))
+    if not stream:
+        assert sample_of_openai(json.loads(text), request).num_prompt_tokens == len(prompt)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
