@@ -4,8 +4,9 @@
 #
 #   DRY_RUN=1 launch/deepseek-v3.sh                          # no GPU: checks the layout, says what takes how much, prints the command
 #
-# For planning: the trainer's table of weights (r3_adapter/megatron/weights.py) has no rows for this family's attention yet,
-# so that a start is refused by name. launch/qwen3-235b-a22b.sh says how to start on many nodes.
+# For planning: the trainer's table of weights (r3_adapter/megatron/weights.py) has no rows for this family's attention yet, so that
+# the plan says that it cannot be started (exit code 1) and a start is refused by name. launch/qwen3-235b-a22b.sh says how to start
+# on many nodes.
 #
 # More flags of r3_adapter/arguments.py may follow; they win over those below.
 set -euo pipefail

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
-from r3_adapter.arguments import add_layout_arguments, add_r3_arguments, add_rl_arguments, layout_of
+from r3_adapter.arguments import add_layout_arguments, add_r3_arguments, add_rl_arguments, add_run_arguments, layout_of
 from r3_adapter.errors import R3Error
 from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.megatron.request import TrainerOptions
@@ -117,16 +117,7 @@ def say(line: str) -> None:
 def parse() -> argparse.Namespace:
     """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add_rl_arguments(add_layout_arguments(add_r3_arguments(parser)))
-    parser.add_argument("--save", type=Path, default=Path("run"), help="folder of the run; a run in it goes on")
-    parser.add_argument("--name", help="of the run, in reports; default: the folder's")
-    parser.add_argument("--hf-checkpoint", type=Path, help="the first weights")
-    parser.add_argument("--ray-address", help="of a cluster; default: one is started on this machine")
-    parser.add_argument("--task", default="sort", help="sort, add, or package.module:Class of your own")
-    parser.add_argument("--save-interval", type=int, default=20, metavar="N", help="steps between checkpoints")
-    parser.add_argument("--save-rollouts", type=Path, metavar="DIR", help="keep all samples, for --r3-traces")
-    parser.add_argument("--gpus-per-rank", type=float, default=0, metavar="N", help="of trainer and engines; 0: none")
-    parser.add_argument("--sft-steps", type=int, default=150, help="supervised steps of the tiny model before the run")
+    add_run_arguments(add_rl_arguments(add_layout_arguments(add_r3_arguments(parser))))
     args = parser.parse_args()
     # Processes of a cluster that runs already are not in this one's folder.
     args.save, args.save_rollouts = args.save.resolve(), args.save_rollouts and args.save_rollouts.resolve()

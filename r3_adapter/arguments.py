@@ -116,6 +116,21 @@ def add_rl_arguments(parser: Parser) -> Parser:
     return parser
 
 
+def add_run_arguments(parser: Parser) -> Parser:
+    """Add what a run is called, begins with and keeps; return the parser."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--save", type=Path, default=Path("run"), help="folder of the run; a run in it goes on")
+    group.add_argument("--name", help="of the run, in reports; default: the folder's")
+    group.add_argument("--hf-checkpoint", type=Path, metavar="DIR", help="the first weights")
+    group.add_argument("--ray-address", help="of a cluster; default: one is started on this machine")
+    group.add_argument("--task", default="sort", help="sort, add, or package.module:Class of your own")
+    group.add_argument("--save-interval", type=int, default=20, metavar="N", help="steps between checkpoints")
+    group.add_argument("--save-rollouts", type=Path, metavar="DIR", help="keep all samples, for --r3-traces")
+    group.add_argument("--gpus-per-rank", type=float, default=0, metavar="N", help="of trainer and engines; 0: none")
+    group.add_argument("--sft-steps", type=int, default=150, help="supervised steps of the tiny model before the run")
+    return parser
+
+
 def add_plan_arguments(parser: Parser) -> Parser:
     """Add what only a plan needs to know; return the parser."""
     group = parser.add_argument_group("plan")
@@ -132,7 +147,10 @@ def add_plan_arguments(parser: Parser) -> Parser:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"name\": 1}}'")
     return value

@@ -88,6 +88,7 @@ def add_plan(subparsers: "Subparsers") -> None:
     arguments.add_r3_arguments(parser)
     arguments.add_layout_arguments(parser)
     arguments.add_rl_arguments(parser)
+    arguments.add_run_arguments(parser)
     parser.set_defaults(run=_plan)
 
 
@@ -200,18 +201,14 @@ def _prove(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from r3_adapter.plan.model import ModelShape
-    from r3_adapter.plan.plan import make_plan
-    from r3_adapter.plan.request import PlanRequest
+    from r3_adapter.plan.command import plan_of
     from r3_adapter.plan.tables import print_plan
 
-    model = ModelShape.from_file(args.model_config)
     try:
-        layout = arguments.layout_of(args)
+        plan = plan_of(args)
     except LayoutError as error:
         print(f"r3 plan: does not fit: {error}", file=sys.stderr)
         return 1
-    plan = make_plan(PlanRequest.from_args(args, model, layout))
     print_plan(plan, Console(width=None if sys.stdout.isatty() else 120))
     if args.json:
         args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")

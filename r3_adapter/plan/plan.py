@@ -1,6 +1,6 @@
 """A plan: the checks and figures of a request, as tables and as JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from r3_adapter.plan.sizes import (
 from r3_adapter.plan.stages import Stages
 
 GIB = 1 << 30
+STARTS = "trainer: weights"
+"""The check that says whether a model that fits can be started."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,14 @@ class Plan:
         }
 
 
-def make_plan(request: PlanRequest) -> Plan:
-    """Check a request and compute its figures."""
-    checks = run_checks(request)
+def make_plan(request: PlanRequest, before: Sequence[Check] = ()) -> Plan:
+    """Check a request and compute its figures.
+
+    before: checks of what the request does not hold, which come first.
+    """
+    checks = [*before, *run_checks(request)]
     if not all(check.passed for check in checks):
-        return Plan(request, checks, list(_notes(request)), None)
+        return Plan(request, [*checks, *_starts(request)], list(_notes(request)), None)
     stages, facts, engine = request.stages(), request.model.facts, engine_memory(request)
     of_stages = range(request.layout.pp)
     figures = Figures(
@@ -106,7 +111,7 @@ def make_plan(request: PlanRequest) -> Plan:
         engine=engine,
         weights=weight_bytes(request.model),
     )
-    checks += _fits(request, figures)
+    checks += [*_fits(request, figures), *_starts(request)]
     return Plan(request, checks, list(_notes(request)), figures)
 
 
@@ -132,10 +137,33 @@ def _at_most(name: str, size: int, limit: int, what: str, of: str) -> Check:
     return Check(name, size <= limit, f"{what} {'<=' if size <= limit else '>'} {of}")
 
 
+def _starts(request: PlanRequest) -> Iterator[Check]:
+    """Say whether the trainer can be started with the model; its figures are computed all the same.
+
+    Source: megatron/weights.py, megatron/policy.py
+    """
+    model = request.model
+    if model.family == "qwen3_moe":
+        yield Check(STARTS, True, "its table of weights has the parameters of qwen3_moe")
+        return
+    missing = [
+        what
+        for what, there in (
+            ("multi-head latent attention", model.num_kv_heads is None),
+            ("shared experts", model.shared_ffn_size > 0),
+            ("layers without a KV cache", any(layer.kv_size == 0 for layer in model.layers)),
+            ("this family's router", True),
+        )
+        if there
+    ]
+    says = (
+        f"model_type {model.family!r} != 'qwen3_moe', the one in its table of weights (megatron/weights.py); missing: "
+    )
+    yield Check(STARTS, False, says + ", ".join(missing))
+
+
 def _notes(request: PlanRequest) -> Iterator[str]:
     model = request.model
-    if model.family != "qwen3_moe":
-        yield f"The trainer's table of weights is for qwen3_moe, not {model.family}: to be planned, not started yet."
     if model.num_mtp_layers:
         yield f"{model.num_mtp_layers} multi-token prediction layers: not built, not replayed, not counted."
     yield from windows(model)

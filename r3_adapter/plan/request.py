@@ -1,11 +1,12 @@
 """What a plan is made of: the model, the trainer, the batch, the engines, and the machines they run on."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r3_adapter.errors import LayoutError
+from r3_adapter.errors import R3Error
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens
 from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.stages import Stages, even_stages, stages_of
@@ -24,6 +25,18 @@ _COUNTS = (
     "rollout_pp_size",
     "gpus_per_node",
     "num_nodes",
+)
+
+_ENGINE_COUNTS = (
+    "tp_size",
+    "pp_size",
+    "dp_size",
+    "ep_size",
+    "max_total_tokens",
+    "max_running_requests",
+    "chunked_prefill_size",
+    "page_size",
+    "context_length",
 )
 
 
@@ -139,11 +152,18 @@ class PlanRequest:
         """Read the flags of `r3 plan`.
 
         Raises:
-            LayoutError: a number below 1.
+            R3Error: a number that is out of its range.
         """
         for name in _COUNTS:
             if (number := getattr(args, name)) is not None and number < 1:
-                raise LayoutError(f"--{name.replace('_', '-')} ({number}) < 1")
+                raise R3Error(f"--{name.replace('_', '-')} ({number}) < 1")
+        if not (math.isfinite(args.gpu_memory_gib) and args.gpu_memory_gib > 0):
+            raise R3Error(f"--gpu-memory-gib ({args.gpu_memory_gib}) is not a finite number above 0")
+        for name, longest in (("prompt", "rollout_max_prompt_len"), ("response", "rollout_max_response_len")):
+            mean, most = getattr(args, f"mean_{name}_len"), getattr(args, longest)
+            if mean is not None and mean > most:
+                raise R3Error(f"--mean-{name}-len ({mean}) > --{longest.replace('_', '-')} ({most})")
+        _check_engine_sizes(args.sglang_args)
         max_prompt, max_response = args.rollout_max_prompt_len, args.rollout_max_response_len
         return cls(
             model=model,
@@ -152,8 +172,8 @@ class PlanRequest:
             batch=Batch(
                 num_prompts=args.rollout_batch_size,
                 samples_per_prompt=args.n_samples_per_prompt,
-                mean_prompt=min(args.mean_prompt_len or max_prompt, max_prompt),
-                mean_response=min(args.mean_response_len or max_response, max_response),
+                mean_prompt=args.mean_prompt_len or max_prompt,
+                mean_response=args.mean_response_len or max_response,
                 max_prompt=max_prompt,
                 max_response=max_response,
                 micro_batch_size=args.micro_batch_size,
@@ -177,3 +197,14 @@ class PlanRequest:
         if self.pipeline_layout is None:
             return even_stages(num_layers, self.layout)
         return stages_of(self.pipeline_layout, num_layers, self.layout)
+
+
+def _check_engine_sizes(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of sglang.Engine that the plan computes with and that are no such numbers."""
+    for name in _ENGINE_COUNTS:
+        number = arguments.get(name)
+        if number is not None and (type(number) is not int or number < 1):
+            raise R3Error(f"--sglang-args {name} ({number!r}) is not a whole number from 1")
+    fraction = arguments.get("mem_fraction_static")
+    if fraction is not None and (type(fraction) not in (int, float) or not 0 < fraction < 1):
+        raise R3Error(f"--sglang-args mem_fraction_static ({fraction!r}) is not a number between 0 and 1")

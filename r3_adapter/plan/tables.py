@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from r3_adapter.plan.checks import Check
-from r3_adapter.plan.plan import Figures, Plan
+from r3_adapter.plan.plan import STARTS, Figures, Plan
 
 Row = TypeVar("Row")
 
@@ -29,7 +29,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     for note in plan.notes:
         console.print(f"Note: {note}", highlight=False)
     failed = [check.name for check in plan.checks if not check.passed]
-    verdict = f"[red]does not fit[/red]: {'; '.join(failed)}" if failed else "[green]fits[/green]"
+    if failed == [STARTS]:
+        verdict = "[red]cannot be started[/red]: its sizes pass, but the trainer has no weights for this model"
+    else:
+        verdict = f"[red]does not fit[/red]: {'; '.join(failed)}" if failed else "[green]fits[/green]"
     console.print(f"tp {layout.tp}, pp {layout.pp}, dp {layout.dp}: {verdict}", highlight=False)
 
 

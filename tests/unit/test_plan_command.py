@@ -96,32 +96,116 @@ def test_what_does_not_fit_is_named_with_its_operands(changes, message, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"micro_batch_size": 0}, "--micro-batch-size (0) < 1"), ({"config": "missing"}, "cannot be read")],
+    [
+        ({"micro_batch_size": 0}, "--micro-batch-size (0) < 1"),
+        ({"config": "missing"}, "cannot be read"),
+        ({"gpu_memory_gib": "nan"}, "--gpu-memory-gib (nan) is not a finite number above 0"),
+        ({"gpu_memory_gib": -5}, "--gpu-memory-gib (-5.0) is not a finite number above 0"),
+        ({"mean_response_len": 999}, "--mean-response-len (999) > --rollout-max-response-len (32)"),
+        ({"sglang_args": '{"mem_fraction_static": 7}'}, "mem_fraction_static (7) is not a number between 0 and 1"),
+        ({"sglang_args": '{"max_total_tokens": -1}'}, "max_total_tokens (-1) is not a whole number from 1"),
+        ({"sglang_args": '{"chunked_prefill_size": "a"}'}, "chunked_prefill_size ('a') is not a whole number from 1"),
+        ({"sglang_args": '{"dp_size": "x", "enable_dp_attention": true}'}, "dp_size ('x') is not a whole number"),
+    ],
 )
 def test_wrong_use_is_refused(changes, message, capsys):
     assert cli.main(plan_flags(**changes)) == 2
     assert message in capsys.readouterr().err
 
 
-def test_arguments_that_are_no_json_object_are_refused(capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "argument --sglang-args: '[]' is no JSON object, such as '{\"name\": 1}'"),
+        ("{}x", "argument --sglang-args: '{}x' is no JSON: Extra data"),
+    ],
+)
+def test_arguments_that_are_no_json_object_are_refused(text, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(plan_flags(sglang_args="[]"))
-    assert stopped.value.code == 2 and "--sglang-args" in capsys.readouterr().err
+        cli.main(plan_flags(sglang_args=text))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3"])
-def test_scripts_for_real_models_fit_their_machines(script):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--r3", "--rollout-lag", "1"], "rollout lag (1) > 0: such rollouts have rows of other weights"),
+        (["--rollout-lag", "-1"], "--rollout-lag (-1) < 0"),
+        (["--lr", "-1"], "--lr (-1.0) is not a finite number from 0 on"),
+        (["--kl-loss-coef", "nan"], "--kl-loss-coef (nan) is not a finite number"),
+        (["--rollout-temperature", "-1"], "temperature -1.0 is not a finite number from 0 on"),
+        (["--hf-checkpoint", "/nonexist"], "--hf-checkpoint /nonexist: no such folder"),
+        (["--num-rollout", "0"], "--num-rollout (0) < 1"),
+    ],
+)
+def test_what_the_loop_refuses_of_flags_the_plan_refuses_too(flags, message, capsys):
+    assert cli.main([*plan_flags(), *flags]) == 1
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert message in said and "does not fit" in said
+
+
+def test_rollouts_may_be_ahead_where_their_rows_are_kept(capsys):
+    assert cli.main([*plan_flags(), "--r3", "--rollout-lag", "1", "--r3-staleness", "keep"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"dtype": "float32"}, None),
+        ({"num_experts": 64}, "num_experts (64) != 128 of --model-config"),
+        ({"num_hidden_layers": 47}, "num_layers (47) != 48 of --model-config"),
+        ({"hidden_size": 1024}, "hidden_size (1024) != 2048 of --model-config"),
+        ({"mlp_only_layers": [0]}, "layer_ids"),
+        ({"intermediate_size": 4096}, None),
+        ({"moe_intermediate_size": 512}, "layer 0:"),
+        ({"model_type": "qwen2_moe", "head_dim": 128}, "family ('qwen2_moe') != 'qwen3_moe'"),
+        (None, "no *.safetensors in it"),
+    ],
+)
+def test_a_checkpoint_must_be_of_the_model_that_is_planned(changes, message, tmp_path, capsys):
+    if changes is not None:
+        (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | (changes or {})))
+    code = cli.main([*plan_flags(), "--hf-checkpoint", str(tmp_path)])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert (code, "does not fit: checkpoint" in said) == ((0, False) if message is None else (1, True))
+    assert message is None or message in said
+
+
+def dry_run(script, *flags, **variables):
     command = Path(sys.executable).parent / "r3"
     if not command.exists():
         pytest.skip("needs the r3 command beside the interpreter")
-    done = subprocess.run(
-        [ROOT / f"launch/{script}.sh", "--seed", "7"],
-        env=os.environ | {"DRY_RUN": "1", "R3": str(command)},
+    return subprocess.run(
+        [ROOT / f"launch/{script}.sh", *flags],
+        env=os.environ | {"DRY_RUN": "1", "R3": str(command)} | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
+
+
+@pytest.mark.parametrize("script", ["qwen3-30b-a3b", "qwen3-235b-a22b"])
+def test_scripts_for_real_models_fit_their_machines(script):
+    done = dry_run(script, "--seed", "7", "--save-interval", "5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "launch/grpo.py" in done.stdout and "--seed 7" in done.stdout
     assert f"{ModelShape.from_config(CONFIGS[script]).num_parameters() / 1e9:.1f} B parameters" in done.stdout
+
+
+def test_a_model_that_cannot_be_started_is_planned_and_not_said_to_fit():
+    done = dry_run("deepseek-v3")
+    said = " ".join(done.stdout.replace("│", " ").split())
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "671.0 B parameters" in said and "Model states of a trainer's rank" in said
+    assert "model_type 'deepseek_v3' != 'qwen3_moe'" in said and "multi-head latent attention" in said
+    assert "cannot be started" in said and "would run" not in said and ": fits" not in said
+
+
+def test_a_dry_run_looks_at_the_checkpoint_that_is_given():
+    done = dry_run("qwen3-30b-a3b", HF_CHECKPOINT="/nonexist")
+    assert done.returncode == 1 and "would run" not in done.stdout
+    assert "--hf-checkpoint /nonexist: no such folder" in done.stdout
