@@ -175,6 +175,8 @@ class SampleFolder(Sequence[Sample]):
         self._arrays, metadata = read_tensors(
             data, str(path), None, ("logprobs", "sampled"), optional=["checksums"], max_header=_MAX_HEADER
         )
+        if "checksums" in self._arrays and "checksum" not in metadata:
+            raise TraceError(f"{path}: no checksum in the header")
         self._numbers = _read_numbers(metadata, str(path))
         if type(coded := _read_entry(metadata, "coded", "false", str(path))) is not bool:
             raise TraceError(f"{path}: coded {show(coded)} is neither true nor false")

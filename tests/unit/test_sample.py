@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from r3_adapter.errors import TraceError
 from r3_adapter.rollout import Sample, SampleFolder, load_samples, save_samples
 from r3_adapter.trace import ModelId, RoutingTrace
+from r3_adapter.wire import write_tensors
 
 REST = "logprobs.safetensors"
 
@@ -112,7 +113,9 @@ def rest_without(folder: Path, **changes: Any) -> None:
     for name, value in changes.items():
         if value is not None:
             (metadata if isinstance(value, str) else tensors)[name] = value
-    save_file(tensors, folder / REST, metadata)
+    if "checksums" in tensors:
+        metadata["checksum"] = ""
+    (folder / REST).write_bytes(write_tensors(tensors, metadata))
 
 
 @pytest.mark.parametrize("coded", [False, True])
@@ -138,19 +141,12 @@ def test_traces_that_changed_places_are_refused(tmp_path: Path, coded: bool) -> 
 def test_every_flipped_bit_of_the_rest_is_refused(tmp_path: Path) -> None:
     save_samples(tmp_path, [make()])
     data = bytearray((tmp_path / REST).read_bytes())
-    found = 0
     for bit in range(0, 8 * len(data), 3):
         data[bit // 8] ^= 1 << bit % 8
         (tmp_path / REST).write_bytes(data)
         data[bit // 8] ^= 1 << bit % 8
-        try:
-            (sample,) = load_samples(tmp_path)
-            # Only the name of the checksum itself can be lost without a difference.
-            assert same(sample, make())
-            found += 1
-        except TraceError as error:
-            assert str(tmp_path) in str(error)
-    assert found < 8 * len('"checksum"')
+        with pytest.raises(TraceError, match=str(tmp_path)):
+            load_samples(tmp_path)
 
 
 @pytest.mark.parametrize(
