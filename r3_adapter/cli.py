@@ -203,6 +203,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     from r3_adapter.plan.command import plan_of
     from r3_adapter.plan.tables import print_plan
+    from r3_adapter.rl.checks import check_flags
 
     try:
         plan = plan_of(args)
@@ -212,6 +213,11 @@ def _plan(args: argparse.Namespace) -> int:
     print_plan(plan, Console(width=None if sys.stdout.isatty() else 120))
     if args.json:
         args.json.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
+    try:
+        check_flags(args)
+    except R3Error as error:
+        print(f"r3 plan: does not fit: {error}", file=sys.stderr)
+        return 1
     return 0 if plan.passed else 1
 
 

@@ -21,7 +21,7 @@ from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.sampling import scored_temperature
 from r3_adapter.sglang.settings import EngineSettings
 
-_WATCH_SECONDS = 0.5
+_WATCH_SECONDS = 0.2
 _LINGER = 0.05
 """Seconds for which a group waits for others to share an object with."""
 

@@ -56,7 +56,11 @@ def test_a_run_goes_on_after_each_fault_and_trains_on_no_wrong_route(folder: Pat
     assert kinds["engine_restarted"] == 5, events
     restarted = [(event["step"], event["what"]) for event in events if event["kind"] == "engine_restarted"]
     assert [step for step, _ in restarted] == [1, 5, 5, 6, 7]
-    assert re.search(r"^engine 0: EngineLost: process \d+ of the engine \(sglang::\w+\) has ended; 3 ", restarted[1][1])
+    # Whoever sees it first, the actor or SGLang, which ends it.
+    seen = (
+        r"EngineLost: process \d+ of the engine \(sglang::\w+\) has ended|ActorDiedError: its worker process has died.*"
+    )
+    assert re.fullmatch(rf"engine 0: ({seen}); 3 prompts are asked again in 2 parts", restarted[1][1])
     assert kinds["trace_lost"] >= 1 and kinds["trace_damaged"] >= 3
     assert kinds["weights_failed"] == 2 and kinds["trainer_restarted"] == 1 and kinds["resumed"] == 2
     said = " ".join(event["what"] for event in events if event["kind"] == "trace_damaged")
