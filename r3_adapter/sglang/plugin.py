@@ -1,10 +1,11 @@
-"""What SGLang calls in each of its processes (entry point group "sglang.srt.plugins"); with a GPU it does nothing."""
+"""What SGLang calls in each of its processes (entry point group "sglang.srt.plugins")."""
 
 import os
 from importlib.metadata import entry_points
 
 from r3_adapter.errors import CaptureError
 from r3_adapter.sglang.cpu import has_gpu, let_native_attention_pad, use_plain_host_memory
+from r3_adapter.sglang.meeting import meet_in_private
 from r3_adapter.sglang.perturb import VARIABLE, Perturbation
 
 GROUP, NAME = "sglang.srt.plugins", "r3_adapter"
@@ -24,11 +25,12 @@ def check_installed() -> None:
 
 
 def register() -> None:
-    """Make capture work without a GPU; perturb the selection of experts if R3_PERTURB asks for it.
+    """Make capture work without a GPU, let ranks meet in private; perturb the selection of experts if R3_PERTURB says.
 
     Raises:
         SystemExit: R3_PERTURB is malformed. SGLang logs other errors of a plugin and goes on without it.
     """
+    meet_in_private()
     if not has_gpu():
         use_plain_host_memory()
         let_native_attention_pad()

@@ -1,0 +1,46 @@
+"""Let the ranks of an engine meet in a file that only this user can read, in place of at a port.
+
+torch's store listens at every address of the host, asks nobody who they are, and says where the ranks' own sockets are.
+"""
+
+import importlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def meet_in_private() -> None:
+    """Take a file where a process group is to meet at a port of this host, if temporary files are this user's alone.
+
+    Source: torch@2.13.0: torch/distributed/rendezvous.py:_rendezvous_helper
+    """
+    folder = Path(tempfile.gettempdir())
+    if not _is_private(folder):
+        return
+    # The package has a function of the module's name.
+    handlers: dict[str, Any] = importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers
+    at_port, in_file = handlers["tcp"], handlers["file"]
+
+    def meet(url: str, *args: Any, **options: Any) -> Iterator[Any]:
+        found = urlparse(url)
+        if found.hostname not in _LOOPBACK:
+            return at_port(url, *args, **options)  # type: ignore[no-any-return]
+        # The ranks have one parent; a file of its number is not there from an engine before.
+        place = found._replace(scheme="file", netloc="", path=f"{folder}/meeting-{os.getppid()}-{found.port}")
+        return in_file(place.geturl(), *args, **options)  # type: ignore[no-any-return]
+
+    handlers["tcp"] = meet
+
+
+def _is_private(folder: Path) -> bool:
+    """Say whether nobody else can enter a folder: it or one above it lets only this user in."""
+    return any(
+        path.stat().st_uid == os.getuid() and not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+        for path in (folder, *folder.parents)
+    )
