@@ -68,8 +68,11 @@ def main() -> None:
     signals = Signals()
     try:
         signals.arm()
+        if args.hf_checkpoint:
+            check_model(args, args.hf_checkpoint, task)
         make_folders(args)
-        check_model(args, args.hf_checkpoint or random_checkpoint(args), task)
+        if not args.hf_checkpoint:
+            check_model(args, random_checkpoint(args), task)
         if loop.first:
             say(f"{args.save} goes on from step {loop.first} ({loop.checkpoints.path(loop.first)})")
         with cluster(args.ray_address):

@@ -9,6 +9,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ def cluster(address: str | None = None, *, num_cpus: int = 64, object_store_byte
             stack.callback(ray.shutdown)
             _start(folder, num_cpus, object_store_bytes)
         else:
+            _check_reachable(address)
             stack.callback(ray.shutdown)
             try:
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
@@ -51,6 +53,20 @@ def cluster(address: str | None = None, *, num_cpus: int = 64, object_store_byte
                 said = next(iter(str(error).splitlines()), "")
                 raise R3Error(f"no Ray cluster can be used at {address}: {said}") from error
         yield
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address at which nothing listens: Ray would try for minutes.
+
+    Raises:
+        R3Error: it is HOST:PORT, and nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isascii() and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise R3Error(f"no Ray cluster can be used at {address}: {error}") from error
 
 
 def _start(folder: Path, num_cpus: int, object_store_bytes: int) -> None:

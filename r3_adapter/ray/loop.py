@@ -20,7 +20,7 @@ from r3_adapter.ray.trainer import TrainerGroup
 from r3_adapter.rl.tasks import task_named
 from r3_adapter.runs.checkpoints import Checkpoints, Found
 from r3_adapter.runs.files import read_config
-from r3_adapter.runs.log import RunLog
+from r3_adapter.runs.log import RunLog, check_free
 
 _RESTARTS = 3
 
@@ -44,6 +44,7 @@ class Loop:
         self.checkpoints = Checkpoints(options.folder)
         self._about = {"layout": str(options.layout)}
         self._config = {**options.config, "options": options.fixed()}
+        check_free(options.folder)
         self._begun = (options.folder / "config.json").exists()
         if self._begun:
             before = read_config(options.folder / "config.json")

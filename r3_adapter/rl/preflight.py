@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -63,7 +64,10 @@ def _check_tokens(folder: Path, config: Mapping[str, Any], task: Task) -> None:
 def _check_megatron_arguments(arguments: Mapping[str, Any]) -> None:
     if not arguments:
         return
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    with warnings.catch_warnings():
+        # Of what is not installed.
+        warnings.simplefilter("ignore")
+        from megatron.core.transformer.transformer_config import TransformerConfig
 
     known = {field.name for field in fields(TransformerConfig)}
     if unknown := sorted(arguments.keys() - known):

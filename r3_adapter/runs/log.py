@@ -64,7 +64,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = (folder / "metrics.jsonl").open("ab")
         try:
-            self._lock()
+            _lock(self._metrics, folder)
             resumed = self._resume(config, resume_at)
             self._events = (folder / "events.jsonl").open("ab")
         except BaseException:
@@ -115,12 +115,6 @@ class RunLog:
         place = f"{self.folder / 'events.jsonl'}, step {step}"
         check_event(record, place)
         _append(self._events, record, place)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise R3Error(f"{self.folder}: another process writes this run") from error
 
     def _resume(self, config: Mapping[str, Any], resume_at: int | None) -> str:
         """Cut both files behind what is kept; return what the event `resumed` says."""
@@ -257,6 +251,24 @@ def scalars(step: Step) -> Iterator[tuple[str, Number]]:
             yield from ((f"{key}/{inner}", number) for inner, number in value.items())
         elif key not in ("step", "time", "weight_version"):
             yield key, value
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a run that another process writes.
+
+    Raises:
+        R3Error: it does.
+    """
+    if (path := folder / "metrics.jsonl").exists():
+        with path.open("ab") as file:
+            _lock(file, folder)
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise R3Error(f"{folder}: another process writes this run") from error
 
 
 def _append(file: IO[bytes], record: Mapping[str, Any], place: str) -> None:

@@ -56,7 +56,8 @@ def listening(process: psutil.Process) -> list[tuple[str, int]]:
 
 
 def all_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    # Ray's agents look for their parent's last words first.
+    _, alive = psutil.wait_procs(processes, timeout=150)
     return alive
 
 
@@ -126,6 +127,9 @@ def test_a_run_that_is_killed_leaves_no_process_and_goes_on(run: Path, temporary
     with started(run, temporary) as (process, said):
         wait_for_steps(run, steps + 1, process, said)
         assert re.match(r"grpo: \S+/run goes on from step \d+ \(\S+/checkpoints/\d{8}\)\n", text_of(said))
+        command = [*LAUNCH, "--save", str(run), "--num-rollout", "1000", *SMALL]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        assert (done.returncode, done.stderr) == (2, f"grpo: {run}: another process writes this run\n")
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
