@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from r3_adapter.errors import CaptureError, R3Error, check_choice, check_whole
+from r3_adapter.errors import CaptureError, R3Error, check_choice, check_whole, show
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
 from r3_adapter.sglang.cpu import cpu_environment, enable_cpu, has_gpu
@@ -43,6 +43,8 @@ class Engine:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        if not isinstance(settings, EngineSettings):
+            raise CaptureError(f"{show(settings)} are no EngineSettings")
         self.settings = settings
         if not Path(settings.model_path).is_dir():
             raise CaptureError(
@@ -280,11 +282,17 @@ def rollout_in_subprocess(
         CaptureError: The engine failed or was late; the message has the end of its output.
     """
     check_choice("recomputed", recomputed, Recomputed, CaptureError)
+    if not isinstance(settings, EngineSettings):
+        raise CaptureError(f"{show(settings)} are no EngineSettings")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         request: dict[str, Any] = {"settings": settings.to_json(), "recomputed": recomputed, "batch_size": batch_size}
         request["follow_ups"] = [[list(turn) for turn in turns] for turns in follow_ups]
         request["input_ids"] = checked_prompts(prompts)
+        if follow_ups and len(follow_ups) != len(prompts):
+            raise CaptureError(f"follow-ups of {len(follow_ups)} prompts != {len(prompts)} prompts")
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1, error=CaptureError)
         request["sampling_params"] = checked_all(sampling_params, len(prompts))
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "r3_adapter.sglang.worker", f"{folder}/request.json", f"{folder}/samples"]

@@ -83,6 +83,7 @@ def samples_of(
         TraceError: Malformed routes.
     """
     check_choice("recomputed", recomputed, Recomputed, CaptureError)
+    prompts = checked_prompts(prompts)
     checked = checked_all(sampling_params, len(prompts), place=f"{place}, sampling parameters")
     temperatures = [
         scored_temperature(checked if isinstance(checked, dict) else checked[at]) for at in range(len(prompts))

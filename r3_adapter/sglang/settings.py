@@ -60,6 +60,13 @@ class EngineSettings:
             )
         if not isinstance(self.extra, Mapping):
             raise CaptureError(f"extra {show(self.extra)} is no mapping of SGLang's arguments")
+        for name, kind in (("radix_cache", bool), ("shared_memory", bool), ("overlap", bool | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise CaptureError(f"{name} {show(getattr(self, name))} is neither True nor False")
+        for name in ("dtype", "weight_version", "log_level"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise CaptureError(f"{name} {show(getattr(self, name))} is no word")
+        check_whole("random_seed", self.random_seed, error=CaptureError)
         for name in ("tp_size", "pp_size", "context_length", "max_total_tokens", "max_running_requests"):
             value = getattr(self, name)
             if value is not None or name in ("tp_size", "pp_size"):

@@ -8,6 +8,7 @@ import pytest
 
 from r3_adapter.errors import CaptureError
 from r3_adapter.sglang import cpu, plugin
+from r3_adapter.sglang.engine import Engine, rollout_in_subprocess
 from r3_adapter.sglang.perturb import VARIABLE, Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 
@@ -41,6 +42,54 @@ def test_engine_arguments() -> None:
     # A released SGLang has no such argument; a CUDA graph would repeat one random draw.
     assert "routed_experts_format" not in flat.engine_arguments(gpu=True)
     assert flat.engine_arguments(gpu=True)["disable_cuda_graph"]
+
+
+def test_the_defaults_are_the_engines_own() -> None:
+    arguments = EngineSettings("model").engine_arguments(gpu=True)
+    assert (arguments["max_total_tokens"], arguments["max_running_requests"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"perturb": "0.2"}, "perturb '0.2' is no Perturbation; Perturbation.parse reads 'SEED:FRACTION'"),
+        ({"model_path": None}, "model_path None is no path of a folder"),
+        ({"extra": 5}, "extra 5 is no mapping of SGLang's arguments"),
+        ({"tp_size": 0}, "tp_size (0) < 1"),
+        ({"pp_size": None}, "pp_size (None) is not a whole number"),
+        ({"max_total_tokens": "8"}, "max_total_tokens ('8') is not a whole number"),
+        ({"radix_cache": "no"}, "radix_cache 'no' is neither True nor False"),
+        ({"weight_version": 3}, "weight_version 3 is no word"),
+        ({"random_seed": 1.5}, "random_seed (1.5) is not a whole number"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(CaptureError) as refused:
+        EngineSettings(**{"model_path": "model", **values})
+    assert str(refused.value) == message
+
+
+def test_a_name_of_a_hub_is_no_folder() -> None:
+    with pytest.raises(CaptureError) as refused:
+        Engine(EngineSettings("Qwen/Qwen3-30B-A3B"))
+    assert str(refused.value) == (
+        "model_path 'Qwen/Qwen3-30B-A3B' is no folder; download a model of the hub first (`hf download`), "
+        "and name its folder"
+    )
+
+
+def test_a_rollout_is_checked_before_its_process_starts() -> None:
+    settings = EngineSettings("model")
+    for options, message in (
+        ({"batch_size": 0}, r"batch_size \(0\) < 1"),
+        ({"follow_ups": [[[1]], [[2]]]}, "follow-ups of 2 prompts != 1 prompts"),
+        ({"sampling_params": {"regex": "a"}}, "regex 'a' changes"),
+        ({"prompts": [[-1]]}, "prompt 0: token id -1"),
+        ({"settings": "model"}, "'model' are no EngineSettings"),
+    ):
+        given: Any = {"settings": settings, "prompts": [[1]], "sampling_params": {}, **options}
+        with pytest.raises(CaptureError, match=message):
+            rollout_in_subprocess(**given)
 
 
 @pytest.mark.parametrize("text", ["", "1", "1:", "x:0.2", "1:0", "1:1.5", "1:nan"])
