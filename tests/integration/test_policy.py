@@ -94,7 +94,8 @@ def transformers_nll(folder: Path, samples: Sequence[Sample]) -> float:
     for sample in samples:
         tokens = torch.from_numpy(sample.trace.token_ids.astype(np.int64))
         with torch.no_grad():
-            logprobs = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+            logits = model(tokens[None]).logits[0, :-1] / sample.temperature
+        logprobs = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
         total -= float(logprobs[-sample.num_response_tokens :][torch.from_numpy(sample.sampled)].sum())
     return total
 
