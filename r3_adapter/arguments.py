@@ -65,24 +65,31 @@ def add_layout_arguments(parser: Parser) -> Parser:
     return parser
 
 
+_LAYOUT_FLAGS = {
+    "tp": "tensor-model-parallel-size",
+    "pp": "pipeline-model-parallel-size",
+    "vpp": "num-virtual-stages-per-pipeline-rank",
+    "cp": "context-parallel-size",
+    "ep": "expert-model-parallel-size",
+    "etp": "expert-tensor-parallel-size",
+    "dp": "data-parallel-size",
+}
+
+
 def layout_of(args: argparse.Namespace) -> "ParallelLayout":
     """Return the layout that the flags of add_layout_arguments say.
 
     Raises:
         LayoutError: sizes that do not fit together.
     """
+    from r3_adapter.errors import LayoutError
     from r3_adapter.layout import ParallelLayout
 
-    sizes = {
-        "tp": args.tensor_model_parallel_size,
-        "pp": args.pipeline_model_parallel_size,
-        "vpp": args.num_virtual_stages_per_pipeline_rank,
-        "cp": args.context_parallel_size,
-        "ep": args.expert_model_parallel_size,
-        "etp": args.expert_tensor_parallel_size,
-        "dp": args.data_parallel_size,
-    }
+    sizes = {name: getattr(args, flag.replace("-", "_")) for name, flag in _LAYOUT_FLAGS.items()}
     given = {name: size for name, size in sizes.items() if size is not None}
+    for name, flag in _LAYOUT_FLAGS.items():
+        if given.get(name, 1) < 1:
+            raise LayoutError(f"--{flag} ({given[name]}) < 1")
     return ParallelLayout(**given) if "dp" in given else ParallelLayout.smallest(**given)
 
 

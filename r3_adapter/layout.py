@@ -70,9 +70,10 @@ class ParallelLayout:
         """Return the layout of the smallest world that the dense and the expert grid both divide."""
         sizes = {"tp": tp, "cp": cp, "dp": dp, "etp": tp if etp is None else etp, "ep": ep}
         tp, cp, dp, expert_tp, ep = (check_whole(name, size, error=LayoutError) for name, size in sizes.items())
+        for name, size in sizes.items():
+            if size < 1:
+                raise LayoutError(f"{name} ({size}) < 1: every size of a layout is at least 1")
         dense, expert = tp * cp * dp, expert_tp * ep
-        if min(dense, expert) < 1:
-            raise LayoutError(f"tp * cp * dp ({dense}) and etp * ep ({expert}) must both be at least 1")
         return cls(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp * math.lcm(dense, expert) // dense)
 
     @property

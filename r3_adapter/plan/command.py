@@ -1,6 +1,7 @@
 """From the flags of `r3 plan` to a plan: what is said of the flags, the checkpoint and the model beside the sizes."""
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -12,6 +13,8 @@ from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.plan import Plan, make_plan
 from r3_adapter.plan.request import PlanRequest
 from r3_adapter.rl.checks import check_flags
+from r3_adapter.rl.preflight import check_megatron_arguments
+from r3_adapter.rl.tasks import task_named
 from r3_adapter.sglang.sampling import checked_params
 
 _WEIGHTS = "*.safetensors"
@@ -31,6 +34,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
             "sampling", lambda: check_sampling(args), "tokens are scored in a distribution that the trainer has too"
         ),
     ]
+    if ":" not in args.task:
+        checks.append(_passes("task", lambda: task_named(args.task), f"{args.task!r} is one of this package"))
+    if args.megatron_args and importlib.util.find_spec("megatron") is not None:
+        says = f"all {len(args.megatron_args)} are fields of TransformerConfig"
+        checks.append(_passes("Megatron's arguments", lambda: check_megatron_arguments(args.megatron_args), says))
     if args.hf_checkpoint is not None:
         says = f"{args.hf_checkpoint} has the model of {args.model_config}"
         checks.append(_passes("checkpoint", lambda: check_checkpoint(args, model), says))
@@ -78,7 +86,7 @@ def _difference(name: str, have: Any, want: Any) -> str:
     return f"{name} ({have!r}) != {want!r}"
 
 
-def _passes(name: str, do: Callable[[], None], says: str) -> Check:
+def _passes(name: str, do: Callable[[], object], says: str) -> Check:
     try:
         do()
     except R3Error as error:

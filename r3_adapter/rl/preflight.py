@@ -49,7 +49,7 @@ def check_model(args: argparse.Namespace, folder: Path, task: Task) -> None:
     for check in checks_of_model(request):
         if not check.passed:
             raise R3Error(f"{check.name}: {check.says}")
-    _check_megatron_arguments(args.megatron_args)
+    check_megatron_arguments(args.megatron_args)
 
 
 def _check_tokens(folder: Path, config: Mapping[str, Any], task: Task) -> None:
@@ -61,7 +61,12 @@ def _check_tokens(folder: Path, config: Mapping[str, Any], task: Task) -> None:
         raise R3Error(f"{folder}: vocab_size ({config['vocab_size']}) <= token {largest} of the task")
 
 
-def _check_megatron_arguments(arguments: Mapping[str, Any]) -> None:
+def check_megatron_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that are no fields of Megatron's TransformerConfig.
+
+    Raises:
+        R3Error: names the first one.
+    """
     if not arguments:
         return
     with warnings.catch_warnings():

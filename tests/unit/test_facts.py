@@ -1,6 +1,7 @@
 import importlib
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -212,3 +213,11 @@ def test_reading_leaves_the_generator_of_random_numbers_alone():
     before = torch.get_rng_state()
     ModelFacts.from_config({"model_type": "mixtral", "num_hidden_layers": 1})
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_without_transformers_nothing_is_known(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_hidden_layers": 3}))
+    with pytest.raises(UnknownModelError, match="qwen3_moe: layers are not known without transformers"):
+        ModelFacts.from_checkpoint(tmp_path)
+    assert ModelFacts.if_known(tmp_path) is None

@@ -13,6 +13,8 @@ from r3_adapter.plan.model import ModelShape
 SPEC = importlib.util.spec_from_file_location("plan_requests", Path(__file__).with_name("plan_requests.py"))
 requests = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(requests)
+# Megatron's, as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT, CONFIGS, QWEN, request_of = requests.ROOT, requests.CONFIGS, requests.QWEN, requests.request_of
 
 
@@ -40,6 +42,22 @@ def test_a_plan_that_fits(tmp_path, capsys):
     assert report["weight_update"] == 2 * 30_532_122_624
     printed = capsys.readouterr().out
     assert "30.5 B parameters" in printed and printed.rstrip().endswith("fits") and "NO" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flag", "size"),
+    [
+        ("data-parallel-size", 0),
+        ("tensor-model-parallel-size", -1),
+        ("context-parallel-size", 0),
+        ("expert-model-parallel-size", 0),
+        ("expert-tensor-parallel-size", -2),
+        ("pipeline-model-parallel-size", 0),
+    ],
+)
+def test_a_size_of_the_layout_below_one_is_named_by_its_flag(flag, size, capsys):
+    assert cli.main(plan_flags(**{flag: size})) == 1
+    assert capsys.readouterr().err == f"r3 plan: does not fit: --{flag} ({size}) < 1\n"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +154,8 @@ def test_arguments_that_are_no_json_object_are_refused(text, message, capsys):
         (["--rollout-temperature", "-1"], "temperature -1.0 is not a finite number from 0 on"),
         (["--hf-checkpoint", "/nonexist"], "--hf-checkpoint /nonexist: no such folder"),
         (["--num-rollout", "0"], "--num-rollout (0) < 1"),
+        (["--task", "nope"], "task 'nope' is none of"),
+        (["--megatron-args", '{"no_such": 1}'], "'no_such' is no field of TransformerConfig"),
     ],
 )
 def test_what_the_loop_refuses_of_flags_the_plan_refuses_too(flags, message, capsys):
