@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from r3_adapter import _core
 from r3_adapter.arena import Arena, aligned_empty
-from r3_adapter.errors import LayoutError, TraceError, check_whole
+from r3_adapter.errors import LayoutError, TraceError, check_whole, show
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
 from r3_adapter.trace import ModelId, RoutingTrace, ids_dtype
 
@@ -271,7 +271,10 @@ def find_layers(
 
 def local_dtype(dtype: npt.DTypeLike, num_experts: int) -> np.dtype[Any]:
     """Return the dtype if it can hold E ids and the mark of a live row."""
-    wanted = np.dtype(dtype)
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError as error:
+        raise LayoutError(f"dtype {show(dtype)} is none of uint8, uint16, int16, int32, int64") from error
     if wanted not in (np.uint8, np.uint16, np.int16, np.int32, np.int64):
         raise LayoutError(f"dtype {wanted} is none of uint8, uint16, int16, int32, int64")
     most = np.iinfo(wanted).max + (1 if wanted.kind == "i" else 0)
@@ -288,6 +291,8 @@ def rank_tokens(
     """Return [T] the tokens of the rank's rows: those of its context parallel rank, cut for sequence parallelism."""
     rows, num_samples = packing.num_tokens // layout.cp, packing.num_samples
     want = (num_samples, rows // num_samples) if packing.qkv_format == "sbhd" else (rows,)
+    if not isinstance(input_ids, np.ndarray):
+        raise LayoutError(f"input_ids ({show(input_ids)}) are no array")
     if input_ids.shape != want or input_ids.dtype.kind not in "iu":
         raise LayoutError(f"input_ids {input_ids.shape} {input_ids.dtype} != {want} integers of a cp rank")
     part = rows // layout.tp

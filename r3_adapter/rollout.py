@@ -53,6 +53,8 @@ class Sample:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.trace, RoutingTrace):
+            raise TraceError(f"trace ({show(self.trace)}) is not a RoutingTrace")
         for name in ("num_prompt_tokens", "payload_bytes"):
             object.__setattr__(self, name, check_whole(name, getattr(self, name), 0, error=TraceError))
         object.__setattr__(self, "logprobs", _frozen_vector("logprobs", self.logprobs, np.float32))
@@ -106,6 +108,10 @@ def unrouted(tokens: Sequence[int], sampled: Sequence[bool]) -> Sample:
     sampled: for each token, whether it is to be learnt; the first such ends the prompt.
     """
     learnt = np.asarray(sampled, np.bool_)
+    if len(learnt) != len(tokens):
+        raise TraceError(f"{len(tokens)} tokens != {len(learnt)} marks in sampled")
+    if not learnt.any():
+        raise TraceError(f"none of {len(tokens)} tokens is to be learnt")
     num_prompt_tokens = int(learnt.argmax())
     trace = RoutingTrace(
         topk_ids=np.zeros((len(tokens), 1, 1), np.uint8),
@@ -166,7 +172,7 @@ class SampleFolder(Sequence[Sample]):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder = Path(folder)
         path = folder / _REST
         try:
             data = path.read_bytes()

@@ -96,6 +96,7 @@ class RoutingTrace:
         Raises:
             TraceError: tokens that the trace does not have.
         """
+        start, stop = check_whole("start", start, error=TraceError), check_whole("stop", stop, error=TraceError)
         if not 0 <= start <= stop <= self.num_tokens:
             raise TraceError(f"rows {start} to {stop} outside 0 to {self.num_tokens}")
         if stop - start == self.num_tokens:

@@ -81,7 +81,7 @@ def test_repack_refuses():
     for error, changes, message in cases:
         with pytest.raises(error, match=message):
             routes(**changes)
-    with pytest.raises(TypeError):
+    with pytest.raises(LayoutError, match=r"layer_ids \(1.0\) is not a whole number"):
         routes(layer_ids=[1.0, 4.0])
 
 

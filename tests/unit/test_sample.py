@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from r3_adapter.errors import TraceError
-from r3_adapter.rollout import Sample, SampleFolder, load_samples, save_samples
+from r3_adapter.rollout import Sample, SampleFolder, load_samples, save_samples, unrouted
 from r3_adapter.trace import ModelId, RoutingTrace
 from r3_adapter.wire import write_tensors
 
@@ -55,6 +55,24 @@ def test_what_is_no_log_probability_is_refused(value: float) -> None:
 def test_other_wrong_parts_are_refused(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(TraceError) as caught:
         replace(make(), **parts)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: replace(make(), trace=None), "trace (None) is not a RoutingTrace"),
+        (lambda: unrouted([], []), "none of 0 tokens is to be learnt"),
+        (lambda: unrouted([1, 2], [False, False]), "none of 2 tokens is to be learnt"),
+        (lambda: unrouted([1, 2], [True]), "2 tokens != 1 marks in sampled"),
+        (lambda: make().trace.rows(0.0, 2), "start (0.0) is not a whole number"),
+        (lambda: make().trace.rows(0, "2"), "stop ('2') is not a whole number"),
+        (lambda: make().trace.at_layers([1.7]), "layer (1.7) is not a whole number"),
+    ],
+)
+def test_calls_that_make_no_sense_say_so(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TraceError) as caught:
+        call()
     assert str(caught.value) == message
 
 
