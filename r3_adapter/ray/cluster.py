@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from r3_adapter.errors import R3Error
+from r3_adapter.sglang.meeting import FOLDER
 
 _PREFIX = "r3-ray-"
 _SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
@@ -140,6 +141,7 @@ def _private_processes(folder: Path) -> Iterator[None]:
         "RAY_AUTH_TOKEN": None,
         # Engines make the sockets of their processes there.
         "TMPDIR": str(temporary),
+        FOLDER: str(temporary),
     }
     mask, kept = os.umask(0o077), tempfile.tempdir
     try:

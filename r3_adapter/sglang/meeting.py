@@ -5,23 +5,21 @@ torch's store listens at every address of the host, asks nobody who they are, an
 
 import importlib
 import os
-import stat
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+FOLDER = "R3_MEETING_FOLDER"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def meet_in_private() -> None:
-    """Take a file where a process group is to meet at a port of this host, if temporary files are this user's alone.
+    """Take a file in the folder that R3_MEETING_FOLDER names where a process group is to meet at a port of this host.
 
     Source: torch@2.13.0: torch/distributed/rendezvous.py:_rendezvous_helper
     """
-    folder = Path(tempfile.gettempdir())
-    if not _is_private(folder):
+    folder = os.environ.get(FOLDER)
+    if not folder:
         return
     # The package has a function of the module's name.
     handlers: dict[str, Any] = importlib.import_module("torch.distributed.rendezvous")._rendezvous_handlers
@@ -36,11 +34,3 @@ def meet_in_private() -> None:
         return in_file(place.geturl(), *args, **options)  # type: ignore[no-any-return]
 
     handlers["tcp"] = meet
-
-
-def _is_private(folder: Path) -> bool:
-    """Say whether nobody else can enter a folder: it or one above it lets only this user in."""
-    return any(
-        path.stat().st_uid == os.getuid() and not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-        for path in (folder, *folder.parents)
-    )
