@@ -6,6 +6,7 @@ megatron.training, whose own parser has the layout flags; the names are the same
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,7 @@ def add_plan_arguments(parser: Parser) -> Parser:
     group.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
     group.add_argument("--num-nodes", type=int, metavar="N", help="default: as many as it takes")
     group.add_argument("--gpu-memory-gib", type=float, default=79, metavar="N", help="of each GPU")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    group.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here too")
     return parser
 
 
@@ -161,3 +162,19 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"name\": 1}}'")
     return value
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file that a command will write, once it is known that it can: before the work, not after.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a folder, not a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent}: no such folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written to")
+    return path

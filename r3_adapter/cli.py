@@ -76,7 +76,7 @@ def add_prove(subparsers: "Subparsers") -> None:
     parser.add_argument("--turns", type=int, default=1, metavar="N", help="of each conversation")
     parser.add_argument("--retract", action="store_true", help="a KV pool too small for the batch")
     parser.add_argument("--inject", metavar="DAMAGE", help="shift-token, swap-layers or swap-samples: must then fail")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict here too")
+    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the verdict here too")
     parser.set_defaults(run=_prove)
 
 
@@ -99,17 +99,17 @@ def add_bench(subparsers: "Subparsers") -> None:
     text = "a training step with replay over the same step routed live"
     verb = verbs.add_parser("replay", help=text, description=text)
     verb.add_argument("--pairs", type=int, default=20, metavar="N", help="steps of each kind, in turns")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    verb.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
     verb.set_defaults(run=_bench_replay)
     text = "three engines, capture off, as released and patched, taking turns: time, bytes and host memory"
     verb = verbs.add_parser("capture", help=text, description=text)
     verb.add_argument("--pairs", type=int, default=9, metavar="N", help="turns that are compared")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    verb.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
     verb.set_defaults(run=_bench_capture)
     text = "repack beside memcpy, numpy and torch on the same routes; set coding"
     verb = verbs.add_parser("repack", help=text, description=text)
     verb.add_argument("--max-mib", type=int, default=4096, metavar="N", help="routes of the largest step timed")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    verb.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
     verb.set_defaults(run=_bench_repack)
 
 
@@ -118,7 +118,9 @@ def add_report(subparsers: "Subparsers") -> None:
     text = "write one HTML page that compares runs; seeds of one variant are taken together"
     parser = subparsers.add_parser("report", help=text, description=text)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, also one under way")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    parser.add_argument(
+        "--out", type=arguments.output_file, default=Path("report.html"), metavar="FILE", help="default: report.html"
+    )
     parser.set_defaults(run=_report_runs)
 
 
