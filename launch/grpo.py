@@ -7,13 +7,19 @@ import argparse
 import shutil
 import signal
 import sys
-import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
-from r3_adapter.arguments import add_layout_arguments, add_r3_arguments, add_rl_arguments, add_run_arguments, layout_of
+from r3_adapter.arguments import (
+    add_layout_arguments,
+    add_r3_arguments,
+    add_rl_arguments,
+    add_run_arguments,
+    layout_of,
+    make_folder,
+)
 from r3_adapter.errors import R3Error
 from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.megatron.request import TrainerOptions
@@ -128,20 +134,14 @@ def parse() -> argparse.Namespace:
 
 
 def make_folders(args: argparse.Namespace) -> None:
-    """Make the run's folder, which others cannot read, and that of its rollouts.
+    """Make the run's folder and that of its rollouts, which others cannot read.
 
     Raises:
         R3Error: they cannot be made or written to.
     """
     for folder in (args.save, args.save_rollouts):
-        if folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise R3Error(f"{folder}: cannot be written to: {error.strerror}") from error
+        if folder is not None:
+            make_folder(folder, mode=0o700)
 
 
 def random_checkpoint(args: argparse.Namespace) -> Path:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from r3_adapter.arguments import LARGEST_SEED, make_folder, whole
+from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.trainer import score
@@ -26,12 +29,13 @@ def main() -> None:
     """Run it and write report.json and report.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder of the results")
-    parser.add_argument("--samples", type=int, default=32, help=f"responses of {RESPONSE_TOKENS} tokens each")
-    parser.add_argument("--ep", type=int, default=2, help="expert-parallel ranks of the trainer")
+    parser.add_argument("--samples", type=whole(1), default=32, help=f"responses of {RESPONSE_TOKENS} tokens each")
+    parser.add_argument("--ep", type=whole(1), default=2, help="expert-parallel ranks of the trainer")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0)
     args = parser.parse_args()
     layout = ParallelLayout.smallest(ep=args.ep)
+    make_folder(args.out)
     with tempfile.TemporaryDirectory() as name, progress_bars(("rollout", "trainer")) as ticks:
         checkpoint = Path(name)
         write_checkpoint(checkpoint, dtype=args.dtype, seed=args.seed)
@@ -52,7 +56,6 @@ def main() -> None:
         "ratio_k3": sides["replay"].gap.k3 / sides["live"].gap.k3,
         "payload_bytes_per_token": payload,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     plot_comparison(args.out / "report.png", rollout, trainer, sides)
     console = Console()
@@ -81,4 +84,8 @@ def payload_sizes(samples: Sequence[Sample], facts: ModelFacts) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except R3Error as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,8 +5,11 @@ megatron.training, whose own parser has the layout flags; the names are the same
 """
 
 import argparse
+import errno
 import json
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from r3_adapter.layout import ParallelLayout
 
 Parser = argparse.ArgumentParser
+LARGEST_SEED = 2**31 - 1
+"""Engines and data take seeds beside the one given; numpy's are below 2**32."""
 
 
 def add_r3_arguments(parser: Parser) -> Parser:
@@ -120,7 +125,7 @@ def add_rl_arguments(parser: Parser) -> Parser:
     group.add_argument("--num-rollout", type=int, default=100, metavar="N", help="steps of the run")
     group.add_argument("--lr", type=float, default=1e-4)
     group.add_argument("--clip-grad", type=float, default=1.0)
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0)
     return parser
 
 
@@ -171,10 +176,71 @@ def output_file(text: str) -> Path:
         argparse.ArgumentTypeError: it cannot.
     """
     path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: is a folder, not a file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent}: no such folder")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written to")
+    try:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: is a folder, not a file")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{path.parent}: no such folder")
+        _try_to_write(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written: {error.strerror}") from error
     return path
+
+
+def _try_to_write(path: Path) -> None:
+    """Open a file as whoever writes it will, and leave everything as it was."""
+    if path.exists() and not path.is_file():
+        # To open a pipe and close it would end it for its reader.
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        os.close(os.open(path, os.O_WRONLY))
+    else:
+        path.unlink()
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder that a command will write to, with those above it, and see that it can.
+
+    Raises:
+        R3Error: it cannot be made or written to.
+    """
+    from r3_adapter.errors import R3Error
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise R3Error(f"{folder}: cannot be written to: {error.strerror}") from error
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of a flag that takes whole numbers of this range; LARGEST_SEED is the most of a seed."""
+
+    def number(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{found} < {least}")
+        if most is not None and found > most:
+            raise argparse.ArgumentTypeError(f"{found} > {most}")
+        return found
+
+    return number
+
+
+class OneCommandParser(argparse.ArgumentParser):
+    """A parser that refuses what it does not know itself; argparse lets the parser above do it, with its own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; end with exit code 2 and this parser's usage where words are left over."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown

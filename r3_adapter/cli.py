@@ -19,12 +19,14 @@ from r3_adapter.errors import LayoutError, PatchError, R3Error
 from r3_adapter.patching import Outcome, State
 
 if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    Subparsers = argparse._SubParsersAction[arguments.OneCommandParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="r3", description="Rollout Routing Replay between SGLang and Megatron-core.")
+    parser = arguments.OneCommandParser(
+        prog="r3", description="Rollout Routing Replay between SGLang and Megatron-core."
+    )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(subparsers)
@@ -33,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except R3Error as error:
         print(f"r3: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"r3: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     return code
 
@@ -63,17 +69,18 @@ def add_prove(subparsers: "Subparsers") -> None:
     """Add `r3 prove`."""
     text = "self-test: perturb the rollout's experts, replay them in Megatron on a layout, compare log-probabilities"
     parser = subparsers.add_parser("prove", help=text, description=text)
+    count = arguments.whole(1)
     for name in ("tp", "pp", "vpp", "cp", "ep", "dp"):
-        parser.add_argument(f"--{name}", type=int, default=1, metavar="N")
-    parser.add_argument("--etp", type=int, default=None, metavar="N", help="default: as tp")
+        parser.add_argument(f"--{name}", type=count, default=1, metavar="N")
+    parser.add_argument("--etp", type=count, default=None, metavar="N", help="default: as tp")
     parser.add_argument("--dispatcher", choices=("alltoall", "allgather"), default="alltoall")
     parser.add_argument("--recompute", choices=("none", "full", "moe"), default="none")
     parser.add_argument("--qkv-format", choices=("sbhd", "thd"), default="sbhd", help="padded batch, or packed")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--pipeline-model-parallel-layout", metavar="LAYOUT", help='as Megatron has it: "Ett|tttttt|L"')
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--group", type=int, default=1, metavar="N", help="samples of each prompt, in one batch")
-    parser.add_argument("--turns", type=int, default=1, metavar="N", help="of each conversation")
+    parser.add_argument("--seed", type=arguments.whole(0, arguments.LARGEST_SEED), default=0)
+    parser.add_argument("--group", type=count, default=1, metavar="N", help="samples of each prompt, in one batch")
+    parser.add_argument("--turns", type=count, default=1, metavar="N", help="of each conversation")
     parser.add_argument("--retract", action="store_true", help="a KV pool too small for the batch")
     parser.add_argument("--inject", metavar="DAMAGE", help="shift-token, swap-layers or swap-samples: must then fail")
     parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the verdict here too")
@@ -98,17 +105,19 @@ def add_bench(subparsers: "Subparsers") -> None:
     verbs = parser.add_subparsers(required=True, metavar="WHAT")
     text = "a training step with replay over the same step routed live"
     verb = verbs.add_parser("replay", help=text, description=text)
-    verb.add_argument("--pairs", type=int, default=20, metavar="N", help="steps of each kind, in turns")
+    verb.add_argument("--pairs", type=arguments.whole(2), default=20, metavar="N", help="steps of each kind, in turns")
     verb.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
     verb.set_defaults(run=_bench_replay)
     text = "three engines, capture off, as released and patched, taking turns: time, bytes and host memory"
     verb = verbs.add_parser("capture", help=text, description=text)
-    verb.add_argument("--pairs", type=int, default=9, metavar="N", help="turns that are compared")
+    verb.add_argument("--pairs", type=arguments.whole(2), default=9, metavar="N", help="turns that are compared")
     verb.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
     verb.set_defaults(run=_bench_capture)
     text = "repack beside memcpy, numpy and torch on the same routes; set coding"
     verb = verbs.add_parser("repack", help=text, description=text)
-    verb.add_argument("--max-mib", type=int, default=4096, metavar="N", help="routes of the largest step timed")
+    verb.add_argument(
+        "--max-mib", type=arguments.whole(1), default=4096, metavar="N", help="routes of the largest step timed"
+    )
     verb.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
     verb.set_defaults(run=_bench_repack)
 
@@ -119,7 +128,7 @@ def add_report(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser("report", help=text, description=text)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, also one under way")
     parser.add_argument(
-        "--out", type=arguments.output_file, default=Path("report.html"), metavar="FILE", help="default: report.html"
+        "--out", type=arguments.output_file, default="report.html", metavar="FILE", help="default: report.html"
     )
     parser.set_defaults(run=_report_runs)
 
@@ -261,9 +270,10 @@ def _report_runs(args: argparse.Namespace) -> int:
 
 def _print_json(report: Mapping[str, Any], path: Path | None) -> None:
     text = json.dumps(report, indent=2)
+    # First where nothing can be lost: the disk may be full by now.
+    print(text, flush=True)
     if path:
         path.write_text(text + "\n", encoding="utf-8")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ def check_flags(args: argparse.Namespace) -> None:
         number = getattr(args, name, None)
         if number is not None and not (math.isfinite(number) and number >= 0):
             raise R3Error(f"{_flag(name)} ({number}) is not a finite number from 0 on")
+    if args.rollout_temperature == 0:
+        raise R3Error(
+            f"--rollout-temperature ({args.rollout_temperature}): the samples of a prompt are all the same, so every "
+            "advantage is 0 and nothing is learned"
+        )
     check_lag(args.rollout_lag, "r3" if args.r3 else "", args.r3_staleness)
     for name in ("tp_size", "pp_size"):
         size = getattr(args, f"rollout_{name}")

@@ -16,6 +16,7 @@ Step = Mapping[str, Any]
 Number = int | float
 
 _OBJECTS = ("agreement", "rows", "seconds", "bytes", "memory")
+_KINDS = {str: "a string", dict: "an object", int: "a whole number"}
 _CONFIG = {"name": str, "flags": dict, "model": str, "layout": dict, "seed": int, "versions": dict}
 
 
@@ -121,7 +122,7 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
     """
     for key, kind in _CONFIG.items():
         if not isinstance(config.get(key), kind) or isinstance(config[key], bool):
-            raise R3Error(f"{place}: {key} is {_show(config.get(key))}, not of type {kind.__name__}")
+            raise R3Error(f"{place}: {_found(config, key)} {_KINDS[kind]}")
     name = config["name"]
     if not (name.isprintable() and 0 < len(name) <= 200):
         raise R3Error(f"{place}: name is {_show(name)}, not 1 to 200 printable characters")
@@ -181,6 +182,10 @@ def _check_count(record: Mapping[str, Any], key: str, place: str) -> None:
     value = record.get(key)
     if not (isinstance(value, int) and _is_number(value) and value >= 0):
         raise R3Error(f"{place}: {key} is {_show(value)}, not a whole number from 0 on")
+
+
+def _found(record: Mapping[str, Any], key: str) -> str:
+    return f"{key} is {_show(record[key])}, not" if key in record else f"no {key}, which must be"
 
 
 def _show(value: object) -> str:

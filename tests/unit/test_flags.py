@@ -29,6 +29,8 @@ REFUSED = {
     "--micro-batch-size 0": "--micro-batch-size (0) < 1",
     "--rollout-num-engines 0": "--rollout-num-engines (0) < 1",
     "--num-rollout 0": "--num-rollout (0) < 1",
+    "--rollout-temperature 0": "--rollout-temperature (0.0): the samples of a prompt are all the same, so every "
+    "advantage is 0 and nothing is learned",
     "--lr nan": "--lr (nan) is not a finite number from 0 on",
     "--eps-clip -0.1": "--eps-clip (-0.1) is not a finite number from 0 on",
     '--sglang-args {"tp_size":2}': "--sglang-args tp_size (2) != --rollout-tp-size (1)",
