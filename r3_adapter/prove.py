@@ -28,8 +28,12 @@ from r3_adapter.trace import RoutingTrace
 
 PERTURBED_SHARE = 0.2
 Injection = Literal["shift-token", "swap-layers", "swap-samples"]
-TEMPERATURES = (1.0, 0.5, 1.7)
-"""Of one sample after the other: the trainer scores each at its own."""
+SAMPLING: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.5, "top_p": 0.9},
+    {"temperature": 1.7, "top_k": 100, "min_p": 0.01},
+)
+"""Of one sample after the other: the trainer scores each at its own temperature, and in the whole vocabulary."""
 SMALL_POOL = 640
 """KV slots that do not suffice for the 16 requests of a batch."""
 MAX_REPLAY = 1e-4
@@ -162,8 +166,7 @@ def perturbed_rollout(
     # Where requests are to be retracted all of them must ask for more than they were admitted for.
     lengths = [128] * num_samples if scene.retract else rng.integers(32, 97, num_samples).tolist()
     params: Any = [
-        {"temperature": TEMPERATURES[index % 3], "max_new_tokens": length, "ignore_eos": True}
-        for index, length in enumerate(lengths)
+        {**SAMPLING[index % 3], "max_new_tokens": length, "ignore_eos": True} for index, length in enumerate(lengths)
     ]
     prompts = [prompts[index // scene.group] for index in range(num_samples)]
     follow_ups = []

@@ -1,10 +1,12 @@
 """Roll out prompts at a running server."""
 
 import json
+import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from r3_adapter.sglang.shared import fetch_payload
 MAX_REPLY = 1 << 34
 """Bytes of an answer at most."""
 _MAX_ERROR = 1 << 16
+_CHUNK = 1 << 20
 
 
 def generate_over_http(
@@ -73,8 +76,9 @@ def post_json(url: str, body: Mapping[str, Any], *, timeout: float, proxy: str |
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _NoRedirects)
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
+        until = time.monotonic() + timeout
         with opener.open(request, timeout=timeout) as answer:
-            text = answer.read(MAX_REPLY + 1)
+            text = _read(answer, until)
     except urllib.error.HTTPError as error:
         said = error.read(_MAX_ERROR)[:500].decode(errors="replace")
         raise CaptureError(f"{place}: {error}: {said}") from error
@@ -106,12 +110,31 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _read(answer: HTTPResponse, until: float) -> bytes:
+    """Read an answer up to a byte more than it may have; a server that sends a little now and then is late too."""
+    parts, size = [], 0
+    while size <= MAX_REPLY and (part := answer.read1(_CHUNK)):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > until:
+            raise TimeoutError("timed out")
+    if size <= MAX_REPLY and answer.length:
+        raise IncompleteRead(b"", answer.length)
+    return b"".join(parts)
+
+
 def _is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        # Also what the system takes for an address, as 127.1.
+        address = ip_address(socket.inet_aton(host)) if ":" not in host else ip_address(host)
+    except (OSError, ValueError):
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    # 0.0.0.0 is this host, too.
+    return address.is_loopback or address.is_unspecified
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -23,6 +23,10 @@ TOPK_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "
 """What configurations call the experts of a token."""
 _ATTRIBUTES = (*TOPK_NAMES, "top_k", "topk")
 _EXPERTS = re.compile(r"Expert|NaiveMoe")
+_MACHINE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""What configurations say of kernels, which this machine may not have and modules do not depend on."""
+MAX_EXPERTS = 1 << 16
+_MAX_LAYERS = 1 << 10
 _KEPT = 16
 _models: "OrderedDict[str, MetaModel]" = OrderedDict()
 
@@ -72,7 +76,7 @@ class MetaModel:
         block = layer.get_submodule(blocks.pop())
         sizes = {each.shape[0] for _, module in found for each in module.parameters(recurse=False) if each.dim() == 3}
         topk = self._topk(block, where)
-        if len(sizes) > 1:
+        if len(sizes) > 1 or max(sizes) > MAX_EXPERTS:
             raise UnknownModelError(f"{where}: experts of {' and '.join(map(str, sorted(sizes)))}: which is not known")
         (num_experts,) = sizes
         names = frozenset(
@@ -128,8 +132,10 @@ def _build(config: dict[str, Any], place: str) -> MetaModel:
         )
     with _quiet():
         try:
-            whole = kind.from_dict(config)
+            whole = kind.from_dict({name: value for name, value in config.items() if name not in _MACHINE})
             text = whole.get_text_config()
+            if (num_layers := getattr(text, "num_hidden_layers", 0)) > _MAX_LAYERS:
+                raise ValueError(f"num_hidden_layers ({num_layers}) > {_MAX_LAYERS}")
             model_class, model_config = _model_class(whole, text)
             with torch.device("meta"):
                 model = None if model_class is None else model_class(model_config)

@@ -201,12 +201,21 @@ def test_a_dense_model_has_no_facts(tmp_path):
         ({"model_type": "qwen3_moe", "num_experts": "8"}, "num_experts"),
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 0}, "topk 0 outside 1 to 128 experts"),
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 129}, "topk 129 outside 1 to 128 experts"),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 20_000}, r"num_hidden_layers \(20000\) > 1024"),
+        ({"model_type": "qwen3_moe", "num_experts": 100_000}, "experts of 100000: which is not known"),
         ([], "list is no configuration"),
     ],
 )
 def test_configurations_that_are_none_are_refused(config, message):
     with pytest.raises(CaptureError, match=message):
         ModelFacts.from_config(config)
+
+
+def test_facts_do_not_depend_on_the_kernels_of_this_machine():
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 2}
+    expected = ModelFacts.from_config(config)
+    for name in ("attn_implementation", "_attn_implementation"):
+        assert ModelFacts.from_config({**config, name: "flash_attention_2"}) == expected
 
 
 def test_reading_leaves_the_generator_of_random_numbers_alone():

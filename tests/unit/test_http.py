@@ -1,6 +1,7 @@
 """Prompts go to the server that was named, and its answers are bounded."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,7 +18,8 @@ FACTS = ModelFacts(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
 
 
 @contextmanager
-def answers(text: bytes, status: int = 200, **headers: str) -> Iterator[tuple[str, list[str]]]:
+def answers(text: bytes, status: int = 200, *, pause: float = 0.0, **headers: str) -> Iterator[tuple[str, list[str]]]:
+    """pause: seconds between bytes."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -28,7 +30,9 @@ def answers(text: bytes, status: int = 200, **headers: str) -> Iterator[tuple[st
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(text)
+            for part in [text[at : at + 1] for at in range(len(text))] if pause else [text]:
+                self.wfile.write(part)
+                time.sleep(pause)
 
         do_GET = do_POST
 
@@ -52,11 +56,12 @@ def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
         # The loopback goes through no proxy, not even through one that is named.
-        for host in (url, url.replace("127.0.0.1", "localhost")):
+        names = ("127.0.0.1", "localhost", "127.1", "0.0.0.0", "[::ffff:127.0.0.1]")
+        for host in [url.replace("127.0.0.1", name) for name in names]:
             for named in (None, proxy):
                 with pytest.raises(CaptureError, match="not a reply: None"):
                     generate_over_http(host, [[1]], {}, FACTS, proxy=named)
-        assert (by_proxy, asked) == ([], ["/generate"] * 4)
+        assert (by_proxy, asked) == ([], ["/generate"] * 2 * len(names))
         with pytest.raises(CaptureError, match=r"0 replies != 1 prompts"):
             generate_over_http("http://engine.invalid:1", [[1]], {}, FACTS, proxy=proxy)
         assert by_proxy == ["http://engine.invalid:1/generate"]
@@ -108,6 +113,17 @@ def test_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_REPLY", 100)
     with answers(b" " * 101 + b"[]") as (url, _), pytest.raises(CaptureError, match="more than 100 bytes"):
         generate_over_http(url, [[1]], {}, FACTS)
+
+
+def test_an_answer_that_comes_too_slowly_is_late() -> None:
+    with answers(b" " * 20, pause=0.1) as (url, _), pytest.raises(CaptureError, match=f"^{url}: timed out$"):
+        http.post_json(url, {}, timeout=0.5, place=url)
+
+
+def test_half_an_answer_is_none() -> None:
+    headers = {"Content-Length": "10"}
+    with answers(b"[]", **headers) as (url, _), pytest.raises(CaptureError, match="IncompleteRead"):
+        http.post_json(url, {}, timeout=60, place=url)
 
 
 @pytest.mark.parametrize("prompt", [[], [-1], [2**31], [True], [1.0], ["a"], "abc", None, {"a": 1}])
