@@ -185,7 +185,7 @@ def _prove(args: argparse.Namespace) -> int:
     from r3_adapter.layout import ParallelLayout
     from r3_adapter.megatron.checks import check_layout
     from r3_adapter.megatron.request import TrainerOptions
-    from r3_adapter.prove import INJECTIONS, Scene, prove
+    from r3_adapter.prove import INJECTIONS, Scene, check_fits, prove
     from r3_adapter.report import progress_bars
 
     if args.inject not in (None, *INJECTIONS):
@@ -201,6 +201,8 @@ def _prove(args: argparse.Namespace) -> int:
         pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
     )
     scene = Scene(group=args.group, retract=args.retract, turns=args.turns)
+    # Before the bars are shown.
+    check_fits(layout, options)
     with progress_bars(("rollout", "trainer")) as ticks:
         verdict = prove(layout, options, seed=args.seed, scene=scene, injection=args.inject, ticks=ticks)
     _print_json(verdict.to_json(), args.json)

@@ -17,6 +17,8 @@ from r3_adapter.record import Note, Record, journal_path, read_record, record_pa
 from r3_adapter.series import ABSENT, Contents, Hashes, Series, digest
 from r3_adapter.transaction import is_begun
 
+_SHOWN = 3
+
 
 class State(StrEnum):
     """How an installed distribution stands to its series."""
@@ -97,9 +99,9 @@ def explain(status: Status) -> str:
         said += f": stopped on the way; patched: {_listed(status, Kind.PATCHED, Kind.OTHER)}"
         said += f"; not patched: {_listed(status, Kind.RELEASED)}"
     elif status.state is State.LEFTOVER:
-        said += f": a patch added {', '.join(status.leftovers)}, which reinstalling left there"
+        said += f": a patch added {_some(status.leftovers)}, which reinstalling left there"
     elif status.state is State.EDITED:
-        said += f": neither released nor patched by a known series: {_edits(status)}"
+        said += f": neither released nor patched by a known series: {_listed(status, Kind.FOREIGN)}"
     elif status.state is State.EDITABLE:
         said += f" of {status.reason}, not of the release that the patches are for"
     todo = advice(status)
@@ -121,13 +123,13 @@ def advice(status: Status) -> str:
         case State.EDITED:
             foreign = [path for path, kind in status.kinds.items() if kind is Kind.FOREIGN]
             added = [path for path in foreign if _pin(status, path).before == ABSENT]
-            moves = [f"move {', '.join(added)} away"] if added else []
+            moves = [f"move {_some(added)} away"] if added else []
             edits = [f"undo the edit or reinstall it: {reinstall}"] if len(foreign) > len(added) else []
             return ", and ".join(moves + edits) + "; then `r3 patch apply`"
         case State.EDITABLE:
             return f"install the release: {reinstall}"
         case State.NOT_PINNED | State.NOT_INSTALLED if status.leftovers:
-            return f"earlier patches left {', '.join(status.leftovers)}: `r3 patch revert` removes them"
+            return f"earlier patches left {_some(status.leftovers)}: `r3 patch revert` removes them"
     return ""
 
 
@@ -264,13 +266,10 @@ def _pin(status: Status, path: str) -> Hashes:
 
 
 def _listed(status: Status, *kinds: Kind) -> str:
-    return ", ".join(path for path, kind in status.kinds.items() if kind in kinds) or "none"
+    return _some([path for path, kind in status.kinds.items() if kind in kinds]) or "none"
 
 
-def _edits(status: Status) -> str:
-    foreign = [path for path, kind in status.kinds.items() if kind is Kind.FOREIGN]
-    return ", ".join(
-        f"{path}: sha256 {digest(status.contents[path])} != {_pin(status, path).before} (released),"
-        f" != {_pin(status, path).after} (patched)"
-        for path in foreign
-    )
+def _some(paths: Sequence[str]) -> str:
+    """Name files as far as a line is read."""
+    more = len(paths) - _SHOWN
+    return ", ".join(paths[:_SHOWN]) + (f" and {more} other{'s' if more > 1 else ''}" if more > 0 else "")

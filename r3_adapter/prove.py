@@ -8,6 +8,7 @@ one route on a wrong token, layer or expert breaks that. All in float32, where n
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import Scores, score
 from r3_adapter.metrics import gap
 from r3_adapter.report import Tick
+from r3_adapter.rl.preflight import check_trainer
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
+from r3_adapter.tiny import ENGINE, TinyModel, qwen3_moe_config, write_checkpoint
 from r3_adapter.trace import RoutingTrace
 
 PERTURBED_SHARE = 0.2
@@ -128,21 +130,35 @@ def prove(
     ticks: progress of the rollout and of the trainer.
 
     Raises:
-        R3Error: an engine that does not start or fails, routes that it refuses, or a damage that is not known.
+        R3Error: a layout that the model does not fit, an engine that does not start or fails, routes that it refuses,
+            or a damage that is not known.
     """
     if injection is not None:
         check_choice("injection", injection, Injection)
+    check_fits(layout, options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder, dtype="float32", seed=seed)
         samples = perturbed_rollout(folder, seed=seed, scene=scene, tick=ticks[0])
-        size = (options or TrainerOptions()).micro_batch_size * layout.dp
+        # Interleaved chunks take turns at as many micro-batches as there are stages.
+        size = (options or TrainerOptions()).micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
         # Micro-batches want a multiple; a sample that is scored twice proves no less.
-        samples += samples[: -len(samples) % size]
+        samples += islice(cycle(samples[:]), -len(samples) % size)
         if injection is not None:
             samples = damage(samples, injection)
         scores = score(folder, samples, layout, options, passes=PASSES, progress=ticks[1])
     return judge(samples, scores, layout, options)
+
+
+def check_fits(layout: ParallelLayout, options: TrainerOptions | None = None) -> None:
+    """Refuse what Megatron would, once the rollout is done: a layout that the tiny model cannot be cut for.
+
+    Raises:
+        R3Error: the first thing that does not fit, with both operands.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        qwen3_moe_config(TinyModel(), "float32").save_pretrained(name)
+        check_trainer(Path(name), layout, options or TrainerOptions())
 
 
 def perturbed_rollout(

@@ -39,12 +39,22 @@ def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel 
     """
     check_choice("dtype", dtype, DType)
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    shape = shape or TinyModel()
-    config = Qwen3MoeConfig(  # type: ignore[call-arg]
+    config = qwen3_moe_config(shape or TinyModel(), dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(config).to(getattr(torch, dtype))  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+
+
+def qwen3_moe_config(shape: TinyModel, dtype: DType) -> Any:
+    """Return what transformers needs to know of such a model."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=2 * shape.hidden_size,
@@ -63,9 +73,5 @@ def write_checkpoint(folder: Path, *, dtype: DType, seed: int, shape: TinyModel 
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
-        dtype=getattr(torch, dtype),
+        dtype=dtype,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3MoeForCausalLM(config).to(getattr(torch, dtype))  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from r3_adapter.arguments import add_plan_arguments, layout_of
+from r3_adapter.arguments import add_layout_arguments, add_plan_arguments, add_rl_arguments, layout_of
 from r3_adapter.errors import R3Error
+from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.checkpoint import Checkpoint
+from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.plan.checks import checks_of_model
 from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.request import PlanRequest
@@ -42,14 +44,32 @@ def check_model(args: argparse.Namespace, folder: Path, task: Task) -> None:
     if config.get("model_type") != "qwen3_moe":
         raise R3Error(f"{folder}: model_type {config.get('model_type')!r} != 'qwen3_moe', the one that is trained here")
     _check_tokens(folder, config, task)
-    plan = add_plan_arguments(argparse.ArgumentParser()).parse_args(["--model-config", str(folder)])
-    request = PlanRequest.from_args(
-        argparse.Namespace(**{**vars(plan), **vars(args)}), ModelShape.from_file(folder), layout_of(args)
-    )
-    for check in checks_of_model(request):
+    _check_plan(vars(args), folder, layout_of(args))
+    check_megatron_arguments(args.megatron_args)
+
+
+def check_trainer(folder: Path, layout: ParallelLayout, options: TrainerOptions) -> None:
+    """Refuse a layout or options of the trainer that a checkpoint's model does not fit.
+
+    Raises:
+        R3Error: the first thing that does not fit, with both operands.
+    """
+    check_megatron_arguments(options.megatron_arguments)
+    flags = {
+        "pipeline_model_parallel_layout": options.pipeline_model_parallel_layout,
+        "megatron_args": options.megatron_arguments,
+    }
+    _check_plan(flags, folder, layout)
+
+
+def _check_plan(flags: Mapping[str, Any], folder: Path, layout: ParallelLayout) -> None:
+    """Ask what `r3 plan` asks of a model; flags: those that are not the default."""
+    parser = add_rl_arguments(add_layout_arguments(add_plan_arguments(argparse.ArgumentParser())))
+    defaults = parser.parse_args(["--model-config", str(folder)])
+    given = argparse.Namespace(**{**vars(defaults), **flags})
+    for check in checks_of_model(PlanRequest.from_args(given, ModelShape.from_file(folder), layout)):
         if not check.passed:
             raise R3Error(f"{check.name}: {check.says}")
-    check_megatron_arguments(args.megatron_args)
 
 
 def _check_tokens(folder: Path, config: Mapping[str, Any], task: Task) -> None:

@@ -61,7 +61,7 @@ def test_a_foreign_file_in_its_place_is_never_removed(world: World) -> None:
     (world.site / ADDED).write_bytes(b"mine\n")
     before = files_below(world.site)
     for move in (world.apply, world.revert):
-        with pytest.raises(PatchError, match=rf"{ADDED}: sha256 .*; move {ADDED} away; then `r3 patch apply`$"):
+        with pytest.raises(PatchError, match=rf"series: {ADDED}; move {ADDED} away; then `r3 patch apply`$"):
             move("alpha")
     assert files_below(world.site) == before
 

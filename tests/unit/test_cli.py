@@ -74,3 +74,32 @@ def test_an_error_of_the_system_is_a_line(
     said = capsys.readouterr()
     assert json.loads(said.out) == {"max_mib": 4096}
     assert said.err == "r3: No space left on device\n"
+
+
+UNFIT = {
+    "--tp 3": "trainer: inner size of an expert: etp (3) does not divide moe_intermediate_size (32)",
+    "--tp 3 --etp 1 --ep 2": "trainer: attention heads: tp (3) does not divide num_attention_heads (4)",
+    "--tp 4": "trainer: key-value heads: tp (4) does not divide num_key_value_heads (2)",
+    "--ep 3": "trainer: experts: ep (3) does not divide experts (32)",
+    "--pp 3": "pipeline stages: pp * vpp (3 * 1) does not divide num_layers (8); say which layers each stage has with "
+    "--pipeline-model-parallel-layout",
+    "--pp 2 --vpp 3": "pipeline stages: pp * vpp (2 * 3) does not divide num_layers (8); say which layers each stage "
+    "has with --pipeline-model-parallel-layout",
+    "--vpp 2": "vpp (2) > 1, but pp is 1 in ParallelLayout(tp=1, pp=1, vpp=2, cp=1, ep=1, etp=1, dp=1)",
+    "--pp 2 --pipeline-model-parallel-layout Et|tL": "pipeline stages: pipeline layout 'Et|tL': 2 layers != "
+    "num_layers (8)",
+    "--pp 2 --pipeline-model-parallel-layout Et*8L": "pipeline stages: pipeline layout 'Et*8L': 1 parts != pp * vpp "
+    "(2 * 1)",
+    "--inject nonsense": "--inject 'nonsense' is none of shift-token, swap-layers, swap-samples",
+    "--retract --turns 2": "retract with turns (2) > 1: conversations run one after the other",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flags", UNFIT)
+def test_a_proof_that_cannot_be_made_is_refused_before_the_rollout(
+    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r3_adapter.prove.rollout_in_subprocess", lambda *_, **__: pytest.fail("a rollout"))
+    assert cli.main(["prove", *flags.split()]) == 2
+    assert capsys.readouterr().err == f"r3: {UNFIT[flags]}\n"
