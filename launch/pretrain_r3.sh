@@ -1,38 +1,33 @@
 #!/usr/bin/env bash
-# Trains a tiny Qwen3-MoE on recorded rollouts in megatron.training's own loop; without a GPU too.
+# Trains a Qwen3-MoE on recorded rollouts in megatron.training's own loop; without a GPU too.
 #   launch/pretrain_r3.sh TRACES CHECKPOINT --r3 [ARGUMENT...]
-# TRACES: folder that r3_adapter.rollout.save_samples wrote. CHECKPOINT: the Hugging Face folder that they were rolled out with.
+# TRACES: folder that launch/grpo.sh --save-rollouts or r3_adapter.rollout.save_samples wrote. CHECKPOINT: the Hugging Face folder that they
+# were rolled out with, which says the model's shape.
 # --r3 replays the rollouts' experts; without it routers select. ARGUMENTs go to launch/pretrain_r3.py behind the ones below, which they
 # override: parallel sizes, --save, --load, --train-iters, --tensorboard-dir ...
 # WORLD_SIZE: number of ranks, on this machine; the default is 2.
 # PYTHON: an interpreter that has the package and megatron.training. Default: that of .venv-3.12, which PYTHON=python3.12 launch/test.sh makes.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-traces=$1 checkpoint=$2
-shift 2
-PYTHON=${PYTHON:-.venv-3.12/bin/python}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$root/.venv-3.12/bin/python}
 WORLD_SIZE=${WORLD_SIZE:-2}
 
-MODEL_ARGS=(
-    --num-layers 8
-    --hidden-size 64
-    --ffn-hidden-size 128
-    --num-attention-heads 4
-    --group-query-attention --num-query-groups 2
-    --kv-channels 16
-    --qk-layernorm
-    --normalization RMSNorm --norm-epsilon 1e-6
-    --position-embedding-type rope --rotary-base 10000
-    --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights
-    --vocab-size 512 --make-vocab-size-divisible-by 1
-    --max-position-embeddings 2048
-    --attention-dropout 0 --hidden-dropout 0
-)
+refuse() {
+    echo "pretrain_r3: $*" >&2
+    exit 2
+}
+
+[ $# -ge 2 ] && [[ $1 != -* && $2 != -* ]] || refuse "wants two folders: launch/pretrain_r3.sh TRACES CHECKPOINT --r3 [ARGUMENT...]"
+[[ $WORLD_SIZE =~ ^[1-9][0-9]*$ ]] || refuse "WORLD_SIZE '$WORLD_SIZE' is no number of ranks"
+command -v "$PYTHON" >/dev/null || refuse "no interpreter $PYTHON: set PYTHON, or make .venv-3.12 with PYTHON=python3.12 launch/test.sh"
+"$PYTHON" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec("r3_adapter") is None)' 2>/dev/null \
+    || refuse "$PYTHON has no package r3_adapter: set PYTHON to the interpreter of an environment that has it"
+traces=$1 checkpoint=$2
+shift 2
+flags=$("$PYTHON" -W ignore -m r3_adapter.megatron.pretrain_flags "$traces" "$checkpoint") || exit 2
+mapfile -t MODEL_ARGS <<<"$flags"
+
 MOE_ARGS=(
-    --num-experts 32
-    --moe-ffn-hidden-size 32
-    --moe-router-topk 4
     --moe-router-dtype fp32
     --moe-router-load-balancing-type none
     --moe-token-dispatcher-type alltoall
@@ -47,6 +42,7 @@ TRAINING_ARGS=(
     --eval-iters 0 --eval-interval 1000
     --log-interval 1 --log-throughput
     --sequence-parallel
+    --attention-dropout 0 --hidden-dropout 0
 )
 DATA_ARGS=(
     --r3-traces "$traces"
@@ -69,5 +65,5 @@ fi
 # Megatron wants one hardware queue for tensor and context parallelism on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 # One process a rank; if one ends, so do the others.
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$WORLD_SIZE" launch/pretrain_r3.py \
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$WORLD_SIZE" "$root/launch/pretrain_r3.py" \
     "${MODEL_ARGS[@]}" "${MOE_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${DEVICE_ARGS[@]}" "$@"

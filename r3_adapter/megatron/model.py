@@ -88,7 +88,7 @@ def build_model(folder: Path, layout: ParallelLayout, options: TrainerOptions) -
     shape = {
         "vocab_size": hf["vocab_size"],
         "max_sequence_length": hf["max_position_embeddings"],
-        "rotary_base": _rope(hf)["rope_theta"],
+        "rotary_base": rope_of(hf)["rope_theta"],
         "tied": hf["tie_word_embeddings"],
     }
     vp_stages = range(layout.vpp) if layout.vpp > 1 else [None]
@@ -175,16 +175,10 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, options: T
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    if hf.get("model_type") != "qwen3_moe":
-        raise ReplayError(f"model_type {hf.get('model_type')!r} != 'qwen3_moe', which has a table of weights")
-    rope = _rope(hf)["rope_type"]
-    if rope != "default" or hf["attention_bias"] or hf["use_sliding_window"] or hf["hidden_act"] != "silu":
-        raise ReplayError(f"rope {rope!r}, attention_bias, use_sliding_window or hidden_act: not Qwen3-MoE's defaults")
+    check_translated(hf)
     dtype = getattr(torch, hf.get("dtype") or hf["torch_dtype"])
-    dense = set(hf["mlp_only_layers"])
-    step, layers = hf["decoder_sparse_step"], hf["num_hidden_layers"]
     fields = dict(
-        num_layers=layers,
+        num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         num_attention_heads=hf["num_attention_heads"],
         num_query_groups=hf["num_key_value_heads"],
@@ -193,7 +187,7 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, options: T
         num_moe_experts=hf.get("num_experts") or hf["num_local_experts"],
         moe_router_topk=hf["num_experts_per_tok"],
         moe_ffn_hidden_size=hf["moe_intermediate_size"],
-        moe_layer_freq=[int(i not in dense and (i + 1) % step == 0) for i in range(layers)],
+        moe_layer_freq=layer_pattern(hf),
         moe_router_pre_softmax=not hf["norm_topk_prob"],
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
@@ -236,7 +230,26 @@ def transformer_config(hf: Mapping[str, Any], layout: ParallelLayout, options: T
     return TransformerConfig(**{**fields, **options.megatron_arguments})
 
 
-def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_translated(hf: Mapping[str, Any]) -> None:
+    """Refuse a config.json of another kind of model, or with a feature that is not translated.
+
+    Raises:
+        ReplayError: names it.
+    """
+    if hf.get("model_type") != "qwen3_moe":
+        raise ReplayError(f"model_type {hf.get('model_type')!r} != 'qwen3_moe', which has a table of weights")
+    rope = rope_of(hf)["rope_type"]
+    if rope != "default" or hf["attention_bias"] or hf["use_sliding_window"] or hf["hidden_act"] != "silu":
+        raise ReplayError(f"rope {rope!r}, attention_bias, use_sliding_window or hidden_act: not Qwen3-MoE's defaults")
+
+
+def layer_pattern(hf: Mapping[str, Any]) -> list[int]:
+    """Return 1 for each layer of experts, 0 for each dense one."""
+    dense, step = set(hf["mlp_only_layers"]), hf["decoder_sparse_step"]
+    return [int(i not in dense and (i + 1) % step == 0) for i in range(hf["num_hidden_layers"])]
+
+
+def rope_of(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return type and base; before transformers 5 they lay in two fields, and do so in published checkpoints."""
     if "rope_parameters" in hf:
         return dict(hf["rope_parameters"])

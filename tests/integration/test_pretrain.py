@@ -147,3 +147,20 @@ def test_what_it_cannot_follow_is_refused(traces: Path, checkpoint: Path, argume
     done = start(traces, checkpoint, 1, f"{arguments} --train-iters 1")
     assert done.returncode != 0
     assert re.search(message, done.stderr)
+
+
+def test_rollouts_of_the_loop_are_trained_on_as_the_docs_say(perturbed: list[Sample], tmp_path: Path) -> None:
+    run, rollouts = tmp_path / "run", tmp_path / "rollouts"
+    flags = "--num-rollout 1 --rollout-batch-size 4 --n-samples-per-prompt 4 --sft-steps 2"
+    loop = [sys.executable, str(SCRIPT.with_name("grpo.py")), "--save", str(run), "--save-rollouts", str(rollouts)]
+    done = subprocess.run([*loop, *flags.split()], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = train(rollouts, run / "supervised", tmp_path / "board", 1, "--r3 --train-iters 1")
+    assert found["r3 rows live"] == [0]
+    # The rollout is in bfloat16, the trainer in float32.
+    assert found["k3 KL to rollout"][0] < 1e-3
+    save_samples(tmp_path / "other", perturbed[:1])
+    done = start(tmp_path / "other", run / "supervised", 1, "--r3")
+    said = r"pretrain_r3: \S*other: sample 0: num_experts \(32\) of its model != 16 of \S*supervised, which it was not "
+    assert done.returncode == 2
+    assert re.fullmatch(said + r"rolled out with\n", done.stderr)
