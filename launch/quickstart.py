@@ -15,6 +15,7 @@ from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.trainer import score
+from r3_adapter.prove import check_fits
 from r3_adapter.report import Comparison, Tick, comparison_table, plot_comparison, progress_bars
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0)
     args = parser.parse_args()
     layout = ParallelLayout.smallest(ep=args.ep)
+    check_fits(layout)
     make_folder(args.out)
     with tempfile.TemporaryDirectory() as name, progress_bars(("rollout", "trainer")) as ticks:
         checkpoint = Path(name)

@@ -10,6 +10,7 @@ Stages = tuple[tuple[tuple[int, ...], ...], ...]
 """By pipeline stage and model chunk: global decoder layers from 0."""
 
 _REPEATED = re.compile(r"(\([^()]*\)|[^()*])\*(\d+)")
+_MOST_DIGITS, _LONGEST = 4, 1 << 16
 
 
 def even_stages(num_layers: int, layout: ParallelLayout) -> Stages:
@@ -40,7 +41,13 @@ def stages_of(text: str, num_layers: int, layout: ParallelLayout) -> Stages:
     """
     plain, count = text.replace(",", ""), 1
     while count:
+        if (most := max((len(digits) for _, digits in _REPEATED.findall(plain)), default=0)) > _MOST_DIGITS:
+            raise LayoutError(f"pipeline layout {text[:60]!r}: a number of {most} digits > num_layers ({num_layers})")
         plain, count = _REPEATED.subn(lambda found: found[1].strip("()") * int(found[2]), plain)
+        if len(plain) > _LONGEST:
+            raise LayoutError(
+                f"pipeline layout {text[:60]!r}: {len(plain)} letters, far more than layers ({num_layers})"
+            )
     stages = plain.split("|")
     if unknown := set(plain) - set("EtL|"):
         raise LayoutError(f"pipeline layout {text!r}: {''.join(sorted(unknown))!r} is none of E, t, L, | and *N")

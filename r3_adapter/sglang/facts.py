@@ -83,6 +83,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CaptureError(
+            f"{path}: cannot be read: no such file; models are not looked up on a hub, give a checkpoint's folder"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CaptureError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):

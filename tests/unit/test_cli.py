@@ -90,6 +90,10 @@ UNFIT = {
     "num_layers (8)",
     "--pp 2 --pipeline-model-parallel-layout Et*8L": "pipeline stages: pipeline layout 'Et*8L': 1 parts != pp * vpp "
     "(2 * 1)",
+    "--pipeline-model-parallel-layout Et*99999999999L": "pipeline stages: pipeline layout 'Et*99999999999L': a number "
+    "of 11 digits > num_layers (8)",
+    "--pipeline-model-parallel-layout E(t*999)*999L": "pipeline stages: pipeline layout 'E(t*999)*999L': 998003 "
+    "letters, far more than layers (8)",
     "--inject nonsense": "--inject 'nonsense' is none of shift-token, swap-layers, swap-samples",
     "--retract --turns 2": "retract with turns (2) > 1: conversations run one after the other",
 }
@@ -103,3 +107,9 @@ def test_a_proof_that_cannot_be_made_is_refused_before_the_rollout(
     monkeypatch.setattr("r3_adapter.prove.rollout_in_subprocess", lambda *_, **__: pytest.fail("a rollout"))
     assert cli.main(["prove", *flags.split()]) == 2
     assert capsys.readouterr().err == f"r3: {UNFIT[flags]}\n"
+
+
+def test_a_name_on_a_hub_is_no_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model-config", "Qwen/Qwen3-30B-A3B"]) == 2
+    why = "no such file; models are not looked up on a hub, give a checkpoint's folder"
+    assert capsys.readouterr().err == f"r3: Qwen/Qwen3-30B-A3B: cannot be read: {why}\n"
