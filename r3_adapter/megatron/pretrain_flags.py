@@ -93,7 +93,7 @@ def model_flags(hf: Mapping[str, Any]) -> list[str]:
     from r3_adapter.megatron.model import check_translated, layer_pattern, rope_of
 
     check_translated(hf)
-    numbers = {
+    numbers: dict[str, Any] = {
         "num-layers": hf["num_hidden_layers"],
         "hidden-size": hf["hidden_size"],
         "ffn-hidden-size": hf["intermediate_size"],
@@ -108,10 +108,11 @@ def model_flags(hf: Mapping[str, Any]) -> list[str]:
         "num-experts": hf.get("num_experts") or hf["num_local_experts"],
         "moe-ffn-hidden-size": hf["moe_intermediate_size"],
         "moe-router-topk": hf["num_experts_per_tok"],
-        "moe-layer-freq": layer_pattern(hf),
         "normalization": "RMSNorm",
         "position-embedding-type": "rope",
     }
+    if not all(pattern := layer_pattern(hf)):
+        numbers["moe-layer-freq"] = pattern
     switches = ["group-query-attention", "qk-layernorm", "swiglu", "disable-bias-linear"]
     if not hf["tie_word_embeddings"]:
         switches.append("untie-embeddings-and-output-weights")

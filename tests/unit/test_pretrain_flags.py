@@ -41,7 +41,9 @@ def test_rollouts_of_the_checkpoints_model_are_taken(tmp_path: Path) -> None:
     flags = model_flags(hf)
     for name, value in {"num-layers": "5", "hidden-size": "16", "num-experts": "8", "moe-router-topk": "2"}.items():
         assert flags[flags.index(f"--{name}") + 1] == value
-    assert flags[flags.index("--moe-layer-freq") + 1] == "[1,1,1,1,1]"
+    assert "--moe-layer-freq" not in flags
+    flags_of_mixed = model_flags({**hf, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
+    assert flags_of_mixed[flags_of_mixed.index("--moe-layer-freq") + 1] == "[0,1,0,0,0]"
     assert "--untie-embeddings-and-output-weights" in flags and "--moe-router-pre-softmax" not in flags
 
 
