@@ -40,7 +40,7 @@ def _too_long(trace: RoutingTrace) -> RoutingTrace:
 
 
 def _other_layers(trace: RoutingTrace) -> RoutingTrace:
-    return replace(trace, layer_ids=trace.layer_ids + 1)
+    return replace(trace, topk_ids=trace.topk_ids[:, 1:].copy(), layer_ids=trace.layer_ids[1:].copy())
 
 
 def _fewer_layers(trace: RoutingTrace) -> RoutingTrace:

@@ -96,7 +96,7 @@ def transformers_nll(folder: Path, samples: Sequence[Sample]) -> float:
         with torch.no_grad():
             logits = model(tokens[None]).logits[0, :-1] / sample.temperature
         logprobs = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
-        total -= float(logprobs[-sample.num_response_tokens :][torch.from_numpy(sample.sampled)].sum())
+        total -= float(logprobs[-sample.num_response_tokens :][torch.from_numpy(sample.sampled.copy())].sum())
     return total
 
 
