@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from r3_adapter import arguments, patching
 from r3_adapter.errors import LayoutError, PatchError, R3Error
 from r3_adapter.patching import Outcome, State
+from r3_adapter.processes import guarded
+from r3_adapter.signals import AFTER, run_command
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[arguments.OneCommandParser]
@@ -31,21 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for add in COMMANDS:
         add(subparsers)
     args = parser.parse_args(argv)
-    try:
-        code: int = args.run(args)
-    except R3Error as error:
-        print(f"r3: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"r3: {place}{error.strerror or error}", file=sys.stderr)
-        return 2
-    return code
+    return run_command("r3", lambda: args.run(args), getattr(args, "after", AFTER))
 
 
 def add_patch(subparsers: "Subparsers") -> None:
     """Add `r3 patch`."""
     parser = subparsers.add_parser("patch", help="patch the installed engines, or take the patches back")
+    parser.set_defaults(after="`r3 patch status` says how everything stands")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for name, run, text in (
         ("apply", _apply, "patch all or nothing; does nothing where it is done already"),
@@ -181,6 +175,7 @@ def _lock(args: argparse.Namespace) -> int:
     return 0
 
 
+@guarded()
 def _prove(args: argparse.Namespace) -> int:
     from r3_adapter.layout import ParallelLayout
     from r3_adapter.megatron.checks import check_layout
@@ -234,6 +229,7 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if plan.passed else 1
 
 
+@guarded()
 def _bench_replay(args: argparse.Namespace) -> int:
     from r3_adapter.bench.replay import bench_replay
     from r3_adapter.report import progress_bars
@@ -244,6 +240,7 @@ def _bench_replay(args: argparse.Namespace) -> int:
     return 0
 
 
+@guarded()
 def _bench_capture(args: argparse.Namespace) -> int:
     from r3_adapter.bench.capture import bench_capture
     from r3_adapter.report import progress_bars
@@ -254,6 +251,7 @@ def _bench_capture(args: argparse.Namespace) -> int:
     return 0
 
 
+@guarded()
 def _bench_repack(args: argparse.Namespace) -> int:
     from r3_adapter.bench.repack import bench_repack
 

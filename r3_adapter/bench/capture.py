@@ -31,8 +31,9 @@ from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import Engine, native_bytes
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.sglang.shared import MEMORY, fetch_payload
+from r3_adapter.sglang.shared import fetch_payload
 from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.watchdog import MEMORY
 
 MODEL = TinyModel(num_layers=48, num_experts=128, topk=8, hidden_size=16)
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 192, 16

@@ -64,6 +64,8 @@ def bench_replay(
             env=[{"OMP_NUM_THREADS": "1"}] * layout.world_size,
             timeout=3600,
             tick=tick,
+            what="trainer",
+            each="rank",
         )
         seconds = json.loads((folder / "out" / "seconds.json").read_text(encoding="utf-8"))
     return _summary(seconds, layout)

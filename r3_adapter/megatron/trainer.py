@@ -65,7 +65,7 @@ def score(
     progress: called with samples done and to do, those of all passes together.
 
     Raises:
-        R3Error: a rank failed or took longer than `timeout` seconds; the message has its output.
+        R3Error: a rank failed or took longer than `timeout` seconds; the message says which and why.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -92,6 +92,8 @@ def score(
             env=[{"OMP_NUM_THREADS": "1"} for _ in ranks],
             timeout=timeout,
             tick=tick,
+            what="trainer",
+            each="rank",
         )
         return {each: _gather(folder / "out", each, samples) for each in passes}
 

@@ -279,7 +279,7 @@ def rollout_in_subprocess(
     progress: called several times a second with the samples that are done and the number of all.
 
     Raises:
-        CaptureError: The engine failed or was late; the message has the end of its output.
+        CaptureError: The engine failed or was late; the message says why.
     """
     check_choice("recomputed", recomputed, Recomputed, CaptureError)
     if not isinstance(settings, EngineSettings):
@@ -303,9 +303,9 @@ def rollout_in_subprocess(
                 progress(bar.stat().st_size, len(prompts))
 
         try:
-            run_together([command], env=[cpu_environment()], timeout=timeout, tick=tick)
+            run_together([command], env=[cpu_environment()], timeout=timeout, tick=tick, what="rollout")
         except R3Error as error:
-            raise CaptureError(f"rollout engine: {error}") from error
+            raise CaptureError(str(error)) from error
         return load_samples(folder / "samples")
 
 

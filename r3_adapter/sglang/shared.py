@@ -1,22 +1,20 @@
 """Payloads in shared memory: a reply has the handle of a file, which its reader takes and removes."""
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import CaptureError
+from r3_adapter.locked import make_locked, open_folder
 from r3_adapter.sglang.reply import info_of, payload_of
+from r3_adapter.watchdog import FOLDERS, MEMORY
 
-MEMORY = Path("/dev/shm")
-PREFIX = "r3-routes-"
 _NAME = re.compile("[0-9a-f]{32}")
 _MAX_HANDLE = 256
 
@@ -30,46 +28,12 @@ def payload_folder(parent: Path = MEMORY) -> Iterator[Path]:
 
     Source: patches/sglang: srt/state_capturer/routed_experts_files.py:PayloadFolder
     """
-    for found in parent.glob(f"{PREFIX}*"):
-        _remove_dead(found)
-    folder, lock = _make_locked(parent)
+    folder, lock = make_locked(parent, FOLDERS)
     try:
         yield folder
     finally:
         os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_locked(parent: Path) -> tuple[Path, int]:
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        # Somebody may find and remove it before it is locked.
-        with suppress(FileNotFoundError):
-            lock = _open_folder(folder)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if folder.exists():
-                return folder, lock
-            os.close(lock)
-
-
-def _remove_dead(folder: Path) -> None:
-    """Remove a folder of this user that no process uses."""
-    try:
-        lock = _open_folder(folder)
-    except OSError:
-        return
-    try:
-        if os.fstat(lock).st_uid == os.geteuid():
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(lock)
-
-
-def _open_folder(folder: Path) -> int:
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
 def fetch_payload(reply: dict[str, Any], folder: Path, place: str) -> dict[str, Any]:
@@ -113,7 +77,7 @@ def _take(folder: Path, name: str, size: int, place: str) -> bytes:
     """Read a file of a folder, and remove it."""
     where = f"{place}: {folder / name}"
     try:
-        parent = _open_folder(folder)
+        parent = open_folder(folder)
         try:
             # A pipe must not make the reader wait.
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from r3_adapter.errors import R3Error
+from r3_adapter.processes import guarded
 from r3_adapter.rollout import save_samples
 from r3_adapter.sglang.conversation import converse
 from r3_adapter.sglang.engine import Engine, samples_of
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.signals import run_command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,7 +55,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except R3Error as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with guarded():
+        sys.exit(run_command("rollout", lambda: main(sys.argv[1:])))

@@ -16,8 +16,8 @@ from r3_adapter.rollout import load_samples
 from r3_adapter.series import load_series
 from r3_adapter.sglang.cpu import cpu_environment, has_gpu
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.sglang.shared import MEMORY
 from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
+from r3_adapter.watchdog import MEMORY
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 

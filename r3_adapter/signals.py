@@ -1,0 +1,92 @@
+"""What a command does at a signal that ends a process: all that it started ends too, and one sentence says so."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from r3_adapter.errors import R3Error
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+AFTER = "nothing was saved: the same command begins anew"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the command to end. A KeyboardInterrupt, since event loops let that through.
+
+    during: what was under way, if somebody knows.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+        self.during: str | None = None
+
+
+def stop(number: int, _: FrameType | None = None) -> None:
+    """Raise Stopped; later signals wait until everything has ended.
+
+    Raises:
+        Stopped: always.
+    """
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Let the first signal that ends a process raise Stopped inside; one that is ignored, as by nohup, stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    try:
+        for each, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(each, stop)
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Let Stopped say what was under way."""
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.during = stopped.during or what
+        raise
+
+
+def run_command(name: str, do: Callable[[], int | None], after: str = AFTER) -> int:
+    """Do what a command does; return its exit code: 2 for an R3Error or OSError, 128 + the number of a signal.
+
+    Each of them is said in one line on stderr.
+
+    name: of the command, as its user has typed it.
+    after: what is so after a signal, and how to go on.
+    """
+    try:
+        with stopping():
+            return do() or 0
+    except Stopped as stopped:
+        under_way = f" during {stopped.during}" if stopped.during else ""
+        say(f"{name}: stopped by {stopped.signal.name}{under_way}; {after}")
+        return 128 + stopped.signal
+    except R3Error as error:
+        say(f"{name}: {error}")
+        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        say(f"{name}: {place}{error.strerror or error}")
+        return 2
+
+
+def say(text: str) -> None:
+    """Tell whoever watches, in one line."""
+    print(" ".join(line.strip() for line in text.splitlines() if line.strip()), file=sys.stderr, flush=True)
