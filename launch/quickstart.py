@@ -11,16 +11,17 @@ import numpy as np
 from rich.console import Console
 
 from r3_adapter.arguments import LARGEST_SEED, make_folder, whole
-from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.trainer import score
+from r3_adapter.processes import guarded
 from r3_adapter.prove import check_fits
 from r3_adapter.report import Comparison, Tick, comparison_table, plot_comparison, progress_bars
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.signals import run_command
 from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 16, 128
@@ -86,8 +87,4 @@ def payload_sizes(samples: Sequence[Sample], facts: ModelFacts) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except R3Error as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("quickstart", guarded()(main)))
