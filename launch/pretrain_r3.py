@@ -6,6 +6,7 @@ launch/pretrain_r3.sh has a set that runs anywhere.
 b: samples of a micro-batch; s: sequence length.
 """
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from r3_adapter.megatron.pretraining import PreparedBatch, prepared
 from r3_adapter.megatron.temperature import scored_at
 from r3_adapter.rl.losses import k3
 from r3_adapter.rollout import Sample, sample_folders
+from r3_adapter.signals import run_command
 
 DEFAULTS = {"tokenizer_type": "NullTokenizer", "dataloader_type": "external"}
 
@@ -172,4 +174,5 @@ def loss_func(step: PreparedBatch, losses: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 if __name__ == "__main__":
-    main()
+    after = "the same command goes on from the last checkpoint that --save has, if there is one"
+    sys.exit(run_command("pretrain_r3", main, after))

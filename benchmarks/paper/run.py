@@ -34,6 +34,7 @@ from r3_adapter.runs.log import Run
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
+from r3_adapter.signals import run_command
 from r3_adapter.tiny import TinyModel, write_checkpoint
 
 TASK, LAYOUT = "sort", ParallelLayout()
@@ -323,4 +324,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("run.py", main, "what is done is in its folder: the same command goes on"))
