@@ -115,7 +115,7 @@ def test_a_stopped_change_is_repaired_by_another_series(world: World, tmp_path: 
 def test_status_says_what_happened_and_what_to_run(world: World) -> None:
     (world.site / "alpha/core/a.py").write_bytes(made.ALPHA_NEW["alpha/core/a.py"])
     (found,) = patching.status(["alpha"], site=world.site, root=world.root)
-    paths = "alpha/core/dos.py, alpha/core/gone.py, alpha/core/new/deep.py, alpha/core/no_end.py"
+    paths = "alpha/core/dos.py, alpha/core/gone.py, alpha/core/new/deep.py and 1 other"
     assert patching.explain(found) == (
         f"alpha 1.0: half applied: stopped on the way; patched: alpha/core/a.py; not patched: {paths};"
         " `r3 patch apply` completes it, `r3 patch revert` takes it back"

@@ -192,8 +192,10 @@ def test_the_command_says_how_each_run_went(synthetic, tmp_path, capsys):
     assert "COLLAPSED" in second and "no faults" in second
     assert main(["report", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "config.json: no such file" in capsys.readouterr().err
-    assert main(["report", str(synthetic / "r3-seed1"), "--out", str(tmp_path / "no" / "page.html")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(synthetic / "r3-seed1"), "--out", str(tmp_path / "no" / "page.html")])
+    assert ended.value.code == 2
+    assert f"argument --out: {tmp_path / 'no'}: no such folder" in capsys.readouterr().err
 
 
 def test_last_line_leaves_out_what_nobody_recorded(tmp_path):
