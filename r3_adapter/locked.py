@@ -8,8 +8,6 @@ from pathlib import Path
 
 from r3_adapter.watchdog import open_folder, remove_dead
 
-__all__ = ["make_locked", "open_folder"]
-
 
 def make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
     """Make a folder that only this user can enter; return it with a descriptor that holds a lock of it.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from r3_adapter import watchdog
+from r3_adapter.environment import environment
 from r3_adapter.errors import R3Error
 from r3_adapter.locked import make_locked
 from r3_adapter.signals import during
@@ -91,19 +92,8 @@ def guarded() -> Iterator[None]:
     if watchdog.VARIABLE in os.environ:
         yield
         return
-    with guard() as found:
-        before, kept = {name: os.environ.get(name) for name in found.variables}, tempfile.tempdir
-        os.environ.update(found.variables)
-        tempfile.tempdir = str(found.folder)
-        try:
-            yield
-        finally:
-            tempfile.tempdir = kept
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+    with guard() as found, environment(found.variables):
+        yield
 
 
 def run_together(

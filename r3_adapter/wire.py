@@ -120,7 +120,7 @@ def parse_json(text: str | bytes, place: str) -> Any:
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return json.loads(decoded, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{place} cannot be read: {str(error)[:200]}") from error
 
@@ -214,7 +214,12 @@ def _crc(buffer: memoryview, start: int, stop: int) -> str:
     return f"{crc32(buffer[stop:], crc32(_NO_CHECKSUM.encode(), crc32(buffer[:start]))):08x}"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as json.loads' object_pairs_hook.
+
+    Raises:
+        ValueError: a key twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("an object has a key twice")

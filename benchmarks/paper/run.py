@@ -25,7 +25,8 @@ from r3_adapter.megatron.trainer import score
 from r3_adapter.metrics import gap, tail_share
 from r3_adapter.processes import run_together
 from r3_adapter.ray.cluster import cluster
-from r3_adapter.ray.loop import Loop, LoopOptions
+from r3_adapter.ray.loop import Loop
+from r3_adapter.ray.options import LoopOptions
 from r3_adapter.ray.supervised import supervise
 from r3_adapter.rl.losses import Objective
 from r3_adapter.rl.tasks import END, VOCABULARY, task_named

@@ -12,10 +12,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from r3_adapter.environment import environment
 from r3_adapter.errors import R3Error
 from r3_adapter.sglang.meeting import FOLDER
 
@@ -143,14 +144,12 @@ def _private_processes(folder: Path) -> Iterator[None]:
         "TMPDIR": str(temporary),
         FOLDER: str(temporary),
     }
-    mask, kept = os.umask(0o077), tempfile.tempdir
+    mask = os.umask(0o077)
     try:
-        with _environment(variables):
-            tempfile.tempdir = str(temporary)
+        with environment(variables):
             _forget_token()
             yield
     finally:
-        tempfile.tempdir = kept
         os.umask(mask)
         _forget_token()
 
@@ -164,24 +163,6 @@ def _forget_token() -> None:
 
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    _set(variables)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def _stay_on_loopback() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import R3Error
+from r3_adapter.wire import unique_keys
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -159,19 +160,12 @@ def _read(path: Path) -> bytes:
 
 def _parse(text: bytes, place: str) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise R3Error(f"{place}: no JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
         raise R3Error(f"{place}: {_show(value)}, not an object")
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has a key twice")
-    return found
 
 
 def _is_number(value: object) -> bool:

@@ -4,8 +4,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from r3_adapter.environment import environment
 from r3_adapter.errors import CaptureError, R3Error, check_choice, check_whole, show
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
@@ -67,7 +68,7 @@ class Engine:
         check_server_arguments(arguments)
         check_engine(arguments)
         variables = {} if self.settings.perturb is None else {VARIABLE: str(self.settings.perturb)}
-        with ExitStack() as stack, _environment(variables):
+        with ExitStack() as stack, environment(variables):
             from sglang.srt.entrypoints.engine import Engine as SGLang
 
             if self.settings.shared_memory:
@@ -307,17 +308,3 @@ def rollout_in_subprocess(
         except R3Error as error:
             raise CaptureError(str(error)) from error
         return load_samples(folder / "samples")
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

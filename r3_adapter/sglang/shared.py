@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import CaptureError
-from r3_adapter.locked import make_locked, open_folder
+from r3_adapter.locked import make_locked
 from r3_adapter.sglang.reply import info_of, payload_of
-from r3_adapter.watchdog import FOLDERS, MEMORY
+from r3_adapter.watchdog import FOLDERS, MEMORY, open_folder
 
 _NAME = re.compile("[0-9a-f]{32}")
 _MAX_HANDLE = 256
