@@ -5,7 +5,6 @@ is started here asks for a token that only this user can read, and its sockets, 
 folder that only this user can enter.
 """
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from r3_adapter.environment import environment
 from r3_adapter.errors import R3Error
+from r3_adapter.locked import make_locked
 from r3_adapter.sglang.meeting import FOLDER
 
 _PREFIX = "r3-ray-"
@@ -97,27 +97,12 @@ def _private_folder() -> Iterator[Path]:
     base = Path(tempfile.gettempdir())
     if len(str(base)) + len(f"/{_PREFIX}12345678") > _SOCKET_PATH:
         base = Path("/tmp")
-    for old in base.glob(f"{_PREFIX}*"):
-        _remove_if_left(old)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield folder
-        finally:
-            _remove(folder)
-
-
-def _remove_if_left(folder: Path) -> None:
+    folder, lock = make_locked(base, _PREFIX)
     try:
-        if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
-            return
-        with (folder / "lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(folder)
-    except OSError:
-        # Another's, or it is in use.
-        return
+        yield folder
+    finally:
+        _remove(folder)
+        os.close(lock)
 
 
 def _remove(folder: Path) -> None:

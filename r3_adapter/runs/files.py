@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r3_adapter.errors import R3Error
+from r3_adapter.errors import R3Error, show
 from r3_adapter.wire import unique_keys
 
 MAX_FILE_BYTES = 1 << 30
@@ -88,17 +88,17 @@ def check_step(step: Mapping[str, Any], place: str) -> None:
     for key, value in step.items():
         if key in _OBJECTS:
             if not isinstance(value, dict):
-                raise R3Error(f"{place}: {key} is {_show(value)}, not an object of numbers")
+                raise R3Error(f"{place}: {key} is {show(value)}, not an object of numbers")
             for inner, number in value.items():
                 if not (_is_number(number) and math.isfinite(number) and number >= 0):
-                    raise R3Error(f"{place}: {key}/{inner} is {_show(number)}, not a finite number from 0 on")
+                    raise R3Error(f"{place}: {key}/{inner} is {show(number)}, not a finite number from 0 on")
                 if key == "agreement" and not (inner.isascii() and inner.isdigit() and len(inner) < 6):
-                    raise R3Error(f"{place}: agreement of {_show(inner)}, which is no layer")
+                    raise R3Error(f"{place}: agreement of {show(inner)}, which is no layer")
         elif key == "weight_version":
             if not isinstance(value, str):
-                raise R3Error(f"{place}: weight_version is {_show(value)}, not a string")
+                raise R3Error(f"{place}: weight_version is {show(value)}, not a string")
         elif not _is_number(value):
-            raise R3Error(f"{place}: {key} is {_show(value)}, not a number")
+            raise R3Error(f"{place}: {key} is {show(value)}, not a number of 64 bits")
 
 
 def check_event(event: Mapping[str, Any], place: str) -> None:
@@ -109,10 +109,10 @@ def check_event(event: Mapping[str, Any], place: str) -> None:
     """
     _check_count(event, "step", place)
     if not (_is_number(event.get("time")) and math.isfinite(event["time"])):
-        raise R3Error(f"{place}: time is {_show(event.get('time'))}, not a finite number")
+        raise R3Error(f"{place}: time is {show(event.get('time'))}, not a finite number")
     for key in ("kind", "what"):
         if not isinstance(event.get(key), str):
-            raise R3Error(f"{place}: {key} is {_show(event.get(key))}, not a string")
+            raise R3Error(f"{place}: {key} is {show(event.get(key))}, not a string")
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
@@ -126,7 +126,7 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
             raise R3Error(f"{place}: {_found(config, key)} {_KINDS[kind]}")
     name = config["name"]
     if not (name.isprintable() and 0 < len(name) <= 200):
-        raise R3Error(f"{place}: name is {_show(name)}, not 1 to 200 printable characters")
+        raise R3Error(f"{place}: name is {show(name)}, not 1 to 200 printable characters")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ def _parse(text: bytes, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise R3Error(f"{place}: no JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
-        raise R3Error(f"{place}: {_show(value)}, not an object")
+        raise R3Error(f"{place}: {show(value)}, not an object")
     return value
 
 
@@ -175,12 +175,8 @@ def _is_number(value: object) -> bool:
 def _check_count(record: Mapping[str, Any], key: str, place: str) -> None:
     value = record.get(key)
     if not (isinstance(value, int) and _is_number(value) and value >= 0):
-        raise R3Error(f"{place}: {key} is {_show(value)}, not a whole number from 0 on")
+        raise R3Error(f"{place}: {key} is {show(value)}, not a whole number from 0 on")
 
 
 def _found(record: Mapping[str, Any], key: str) -> str:
-    return f"{key} is {_show(record[key])}, not" if key in record else f"no {key}, which must be"
-
-
-def _show(value: object) -> str:
-    return ascii(value)[:60] if not isinstance(value, int) or abs(value) < 1 << 63 else "a huge number"
+    return f"{key} is {show(record[key])}, not" if key in record else f"no {key}, which must be"

@@ -28,7 +28,7 @@ HOSTILE_LINES = {
     b'{"step": 0, "seconds": {"step": NaN}}': "seconds/step is nan",
     b'{"step": 0, "agreement": {"<b>": 1}}': "no layer",
     b'{"step": 0, "weight_version": 3}': "weight_version is 3",
-    b'{"step": 0, "reward": 1' + b"0" * 400 + b"}": "a huge number",
+    b'{"step": 0, "reward": 1' + b"0" * 400 + b"}": "0000, not a number of 64 bits",
     b'{"step": 0, "reward": 1' + b"0" * 5000 + b"}": "no JSON",
     b"[" * 100_000 + b"]" * 100_000: "no JSON",
     b'{"step": 0, "x": "\xff"}': "no JSON",

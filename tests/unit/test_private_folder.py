@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.ray.cluster import _private_folder, _private_processes
+from r3_adapter.watchdog import open_folder
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +43,9 @@ def test_what_a_killed_process_has_left_is_removed_and_nothing_else(temporary: P
     other = temporary / "other"
     for folder in (killed, used, other):
         folder.mkdir()
-        (folder / "lock").touch()
+        (folder / "file").touch()
     link.symlink_to(other)
-    with (used / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with _private_folder():
-            assert not killed.exists() and used.exists() and link.exists() and (other / "lock").exists()
+    lock = open_folder(used)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    with _private_folder():
+        assert not killed.exists() and used.exists() and link.exists() and (other / "file").exists()
