@@ -33,28 +33,39 @@ class Hunk:
 
 @dataclass(frozen=True)
 class FileDiff:
-    """What one patch does to one file; `place` is "patch: path" for messages."""
+    """What one patch does to one file; `place` is "patch: path" for messages.
+
+    added, removed: numbers of lines.
+    """
 
     place: str
     path: str
     creates: bool
     deletes: bool
     hunks: tuple[Hunk, ...]
+    added: int
+    removed: int
 
     def inverse(self) -> "FileDiff":
         """Return the diff that undoes this one."""
         hunks = tuple(Hunk(h.new_start, h.old_start, h.new, h.old) for h in self.hunks)
-        return replace(self, creates=self.deletes, deletes=self.creates, hunks=hunks)
+        return replace(
+            self,
+            creates=self.deletes,
+            deletes=self.creates,
+            hunks=hunks,
+            added=self.removed,
+            removed=self.added,
+        )
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch file: its header (all text before the first diff), its diffs, and how many lines it adds and removes."""
+    """A patch file: its header (all text before the first diff) and its diffs."""
 
     name: str
     header: str
     diffs: tuple[FileDiff, ...]
-    changed: int
 
 
 def read_patch(path: Path) -> Patch:
@@ -78,7 +89,7 @@ def read_patch(path: Path) -> Patch:
     if known != len(body):
         raise PatchError(f"{path.name}: {len(body)} lines of diff != {known} in its headers and hunks")
     diffs = tuple(_convert(path.name, file) for file in files)
-    return Patch(path.name, header, diffs, sum(file.added + file.removed for file in files))
+    return Patch(path.name, header, diffs)
 
 
 def trailers(header: str) -> dict[str, str]:
@@ -148,7 +159,8 @@ def _convert(name: str, file: PatchedFile) -> FileDiff:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or str(pure) != path or "\\" in path:
         raise PatchError(f"{place}: not a plain relative path")
-    return FileDiff(place, path, creates, deletes, tuple(_convert_hunk(place, hunk) for hunk in file))
+    hunks = tuple(_convert_hunk(place, hunk) for hunk in file)
+    return FileDiff(place, path, creates, deletes, hunks, file.added, file.removed)
 
 
 def _convert_hunk(place: str, hunk: ParsedHunk) -> Hunk:

@@ -28,6 +28,7 @@ from r3_adapter.series import (
     read_lock,
     read_patches,
     touched,
+    unlisted,
     unpatched,
     upstream_tests,
     write_lock,
@@ -113,7 +114,9 @@ def lock(name: str, version: str, *, site: Path | None = None, root: Path | None
         found = "none" if installed is None else installed.version
         raise PatchError(f"{name}: installed version ({found}) != version to lock ({version})")
     series = make_series(root, name, version, {**tables[name], "versions": {}})
-    patches = read_patches(series)
+    patches, stray = read_patches(series), unlisted(series.folder.parent)
+    if stray:
+        raise PatchError(f"{name}: no series lists {', '.join(map(str, stray))}")
     before = read_files(site_of(installed), touched(series, patches))
     _check_pristine(installed, before)
     after = patched(series, patches, before)

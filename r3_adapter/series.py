@@ -17,6 +17,7 @@ from r3_adapter.patchfile import TRAILERS, FileDiff, Patch, apply_diff, read_pat
 
 ABSENT = "absent"
 LOCK_NAME = "upstream.lock.toml"
+SHARED = "shared"
 TEST_FOLDERS = ("test/", "tests/")
 _LOCK_HEAD = "# The file hashes are written by `r3 patch lock`: sha256 before and after the whole series.\n"
 _HASH = re.compile(rf"[0-9a-f]{{64}}|{ABSENT}")
@@ -35,7 +36,7 @@ class Hashes:
 
 @dataclass(frozen=True)
 class Series:
-    """The patches for one version of a distribution.
+    """The patches for one version of a distribution; the folder `shared` beside its own has those of several versions.
 
     prefix: what upstream's repository has in front of the paths of an installation.
     package: the folder of an installation that patches may change.
@@ -104,6 +105,8 @@ def load_series(root: Path | None = None) -> dict[str, tuple[Series, ...]]:
 
 def make_series(root: Path, name: str, version: str, table: Mapping[str, Any]) -> Series:
     """Build a series from its distribution's table of the lock; a version without hashes yet has no files."""
+    if version == SHARED:
+        raise PatchError(f"{name} {version}: the folder of patches that versions share is no version")
     files = {path: Hashes(pin["before"], pin["after"]) for path, pin in table["versions"].get(version, {}).items()}
     for path, pin in files.items():
         if not (_HASH.fullmatch(pin.before) and _HASH.fullmatch(pin.after)) or pin.before == pin.after:
@@ -113,25 +116,56 @@ def make_series(root: Path, name: str, version: str, table: Mapping[str, Any]) -
     return Series(root / name / version, name, version, table["prefix"], table["package"], files)
 
 
+def listed(series: Series) -> list[Path]:
+    """Return the patch files in the order that the `series` file gives.
+
+    Raises:
+        PatchError: There is no such file, it lists one twice or one that is missing, or leaves out one of its folder.
+    """
+    listing, beside = series.folder / "series", f"../{SHARED}/"
+    if not listing.is_file():
+        raise PatchError(f"{series.distribution} {series.version}: no file {listing}")
+    entries = _entries(listing)
+    names = [entry.removeprefix(beside) for entry in entries]
+    for entry, name in zip(entries, names, strict=True):
+        if "/" in name or not name.endswith(".patch"):
+            raise PatchError(f"{listing}: {entry!r} is neither NAME.patch nor {beside}NAME.patch")
+        if names.count(name) > 1:
+            raise PatchError(f"{listing}: lists {name} {names.count(name)} times")
+    own = sorted(name for name in names if name in entries)
+    there = sorted(path.name for path in series.folder.glob("*.patch"))
+    if own != there:
+        raise PatchError(f"{listing}: lists {own} != the folder's {there}")
+    shared = series.folder.parent / SHARED
+    files = [(series.folder if name == entry else shared) / name for entry, name in zip(entries, names, strict=True)]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise PatchError(f"{listing}: lists what is not there: {', '.join(missing)}")
+    return files
+
+
+def unlisted(folder: Path) -> list[Path]:
+    """Return the shared patches of a distribution's folder that none of its series lists."""
+    named = {entry for listing in folder.glob("*/series") for entry in _entries(listing)}
+    shared = sorted((folder / SHARED).glob("*.patch"))
+    return [path for path in shared if f"../{SHARED}/{path.name}" not in named]
+
+
 def read_patches(series: Series) -> tuple[Patch, ...]:
     """Read the patches in the order that the `series` file gives.
 
     Raises:
-        PatchError: A listed patch is missing, one is not listed, or one lacks a trailer.
+        PatchError: One is missing, not listed or listed twice, lacks a trailer, or is shared and changes a file.
     """
-    listing = series.folder / "series"
-    if not listing.is_file():
-        raise PatchError(f"{series.distribution} {series.version}: no file {listing}")
-    lines = (line.partition("#")[0].strip() for line in listing.read_text(encoding="utf-8").splitlines())
-    names = [line for line in lines if line]
-    there = sorted(path.name for path in series.folder.glob("*.patch"))
-    if sorted(names) != there:
-        raise PatchError(f"{listing}: lists {sorted(names)} != the folder's {there}")
-    patches = tuple(read_patch(series.folder / name) for name in names)
-    for patch in patches:
+    files = listed(series)
+    patches = tuple(read_patch(path) for path in files)
+    for path, patch in zip(files, patches, strict=True):
         missing = [name for name in TRAILERS if name not in trailers(patch.header)]
         if missing:
             raise PatchError(f"{patch.name}: header lacks the trailers {', '.join(missing)}")
+        for diff in patch.diffs:
+            if path.parent != series.folder and not diff.creates:
+                raise PatchError(f"{diff.place}: a shared patch only adds files; this belongs in a version's folder")
     return patches
 
 
@@ -194,6 +228,11 @@ def write_upstream_tests(series: Series, folder: Path) -> list[Path]:
 def digest(data: bytes | None) -> str:
     """Return the sha256 as the lock writes it."""
     return ABSENT if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _entries(listing: Path) -> list[str]:
+    lines = (line.partition("#")[0].strip() for line in listing.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
 
 
 def _installed(

@@ -60,7 +60,10 @@ def test_lock_refuses_a_series_out_of_order(world: World) -> None:
     refused(r"0001-x\.patch: header lacks the trailers Forwarded")
     (world.root / "beta/2.0/0002-y.patch").touch()
     refused(r"lists \['0001-x.patch'\] != the folder's \['0001-x.patch', '0002-y.patch'\]")
-    (world.root / "beta/2.0/series").unlink()
+    listing = world.root / "beta/2.0/series"
+    listing.write_text("0001-x.patch\n0002-y.patch\n0001-x.patch\n")
+    refused(r"series: lists 0001-x\.patch 2 times")
+    listing.unlink()
     refused("beta 2.0: no file")
 
 
@@ -90,7 +93,7 @@ def test_upstream_tests_are_written_but_not_installed(world: World, tmp_path: Pa
     world.apply()
     assert not (world.site / "tests").exists()
     (alpha,) = world.pins()["alpha"]
-    assert [patch.changed for patch in read_patches(alpha)] == [2, 10]
+    assert [sum(diff.added + diff.removed for diff in patch.diffs) for patch in read_patches(alpha)] == [2, 10]
     (written,) = write_upstream_tests(alpha, tmp_path / "out")
     assert written == tmp_path / "out/tests/unit/test_a.py"
     assert written.read_bytes() == b"def test_a(): pass\n"

@@ -104,9 +104,15 @@ def linked_folder(world: World) -> None:
     [
         (drop_package, r"^beta: not installed \(patches are for 2\.0\)$"),
         (other_version, r"beta 3\.0: version not pinned: installed 3\.0 != 2\.0"),
-        (edit_file, r"^beta 2\.0: edited: neither released nor patched by a known series: beta/b\.py; undo the edit or "),
+        (
+            edit_file,
+            r"^beta 2\.0: edited: neither released nor patched by a known series: beta/b\.py; undo the edit or ",
+        ),
         (remove_file, r"^beta 2\.0: edited: neither released nor patched by a known series: beta/b\.py; undo the edit"),
-        (occupy_new_file, r"patched by a known series: alpha/core/new/deep\.py; move alpha/core/new/deep\.py away; then"),
+        (
+            occupy_new_file,
+            r"patched by a known series: alpha/core/new/deep\.py; move alpha/core/new/deep\.py away; then",
+        ),
         (change_patch, r"beta 2\.0: beta/b\.py: result [0-9a-f]{64} != [0-9a-f]{64} of the lock"),
         (unlocked_patch, r"0002-more\.patch: python/beta/c\.py: not in upstream\.lock\.toml"),
         (two_metadata, r"several versions: \['1\.9', '2\.0'\]"),
