@@ -1,6 +1,7 @@
-"""The names of the arguments of SGLang's ServerArgs that are allowed with routes, by SGLang's own namespaces."""
+"""The names of the arguments of SGLang's ServerArgs that are allowed with routes, by SGLang's own namespaces.
 
-RELEASE = "0.5.20"
+Those of all releases of releases.py, which says what only some of them have.
+"""
 
 _TESTED = """
     model_path skip_tokenizer_init context_length dtype mem_fraction_static max_running_requests max_total_tokens
@@ -24,7 +25,8 @@ _BY_NAMESPACE = {
         disaggregation_decode_polling_interval disaggregation_decode_retraction_backup disaggregation_ib_device
         disaggregation_transfer_backend enable_adaptive_dispatch_to_encoder encoder_bootstrap_port
         encoder_register_urls encoder_transfer_backend encoder_urls language_model_only language_only
-        num_reserved_decode_tokens optimistic_prefill_attempts pdmux_config_path sm_group_num
+        num_reserved_decode_tokens optimistic_prefill_attempts optimistic_prefill_retries pdmux_config_path
+        sm_group_num
     """,
     "exec.comm": """
         disable_custom_all_reduce enable_aiter_allreduce_fusion enable_flashinfer_allreduce_fusion
@@ -68,13 +70,13 @@ _BY_NAMESPACE = {
     "exec.moe": """
         deepep_config deepep_dispatcher_output_dtype deepep_mode deepep_v2_mode
         disable_flashinfer_cutlass_moe_fp4_allgather disable_shared_experts_fusion elastic_ep_scale_timeout
-        enable_elastic_expert_backup enable_eplb enable_fused_moe_sum_all_reduce enable_w4a4_mxfp4_megamoe
-        enable_waterfill enforce_shared_experts_fusion ep_dispatch_algorithm ep_num_redundant_experts
-        eplb_algorithm eplb_min_rebalancing_utilization_threshold eplb_rebalance_layers_per_chunk
-        eplb_rebalance_num_iterations expert_balancedness_report_mode expert_distribution_recorder_buffer_size
-        expert_distribution_recorder_mode flashinfer_a2a_dispatch_type flashinfer_mxfp4_moe_precision
-        fuseep_mode init_expert_location kt_cpuinfer kt_method kt_num_gpu_experts kt_threadpool_count
-        kt_weight_path mooncake_ib_device
+        enable_deepep_waterfill enable_elastic_expert_backup enable_eplb enable_fused_moe_sum_all_reduce
+        enable_w4a4_mxfp4_megamoe enable_waterfill enforce_shared_experts_fusion ep_dispatch_algorithm
+        ep_num_redundant_experts eplb_algorithm eplb_min_rebalancing_utilization_threshold
+        eplb_rebalance_layers_per_chunk eplb_rebalance_num_iterations expert_balancedness_report_mode
+        expert_distribution_recorder_buffer_size expert_distribution_recorder_mode flashinfer_a2a_dispatch_type
+        flashinfer_mxfp4_moe_precision fuseep_mode init_expert_location kt_cpuinfer kt_method kt_num_gpu_experts
+        kt_threadpool_count kt_weight_path mooncake_ib_device
     """,
     "exec.offload": """
         cpu_offload_gb offload_group_size offload_mode offload_num_in_group offload_prefetch_step
@@ -113,30 +115,30 @@ _BY_NAMESPACE = {
         remote_instance_weight_loader_seed_instance_service_port
         remote_instance_weight_loader_send_weights_group_ports
         remote_instance_weight_loader_start_seed_via_transfer_engine revision rl_quant_profile
-        startup_weight_load_mode trust_remote_code weight_cache_mode weight_cache_socket weight_cache_timeout
-        weight_loader_disable_mmap weight_loader_drop_cache_after_load weight_loader_prefetch_checkpoints
-        weight_loader_prefetch_num_threads
+        startup_weight_load_mode torchao_config trust_remote_code weight_cache_mode weight_cache_socket
+        weight_cache_timeout weight_loader_disable_mmap weight_loader_drop_cache_after_load
+        weight_loader_prefetch_checkpoints weight_loader_prefetch_num_threads
     """,
     "observability": """
         bucket_e2e_request_latency bucket_inter_token_latency bucket_time_to_first_token crash_dump_folder
         debug_tensor_dump_input_file debug_tensor_dump_layers debug_tensor_dump_output_folder
-        decode_log_interval enable_forward_pass_metrics enable_metrics enable_metrics_for_all_schedulers
-        enable_mfu_metrics enable_request_time_stats_logging enable_trace export_metrics_to_file
-        export_metrics_to_file_dir extra_metric_labels forward_pass_metrics_ipc_name
-        forward_pass_metrics_worker_id gc_warning_threshold_secs generation_tokens_buckets kv_canary
-        kv_canary_real_data kv_canary_sweep_interval kv_events_config load_publish_endpoint
-        load_snapshot_publish_interval log_level_http log_requests log_requests_format log_requests_level
-        log_requests_target msprobe_dump_config otlp_traces_endpoint prompt_tokens_buckets show_time_cost
-        smg_http_sidecar_port stat_loggers tokenizer_metrics_allowed_custom_labels
+        decode_log_interval enable_expert_distribution_metrics enable_forward_pass_metrics enable_metrics
+        enable_metrics_for_all_schedulers enable_mfu_metrics enable_request_time_stats_logging enable_trace
+        export_metrics_to_file export_metrics_to_file_dir extra_metric_labels forward_pass_metrics_ipc_name
+        forward_pass_metrics_worker_id gc_warning_threshold_secs generation_tokens_buckets
+        grpc_http_sidecar_port kv_canary kv_canary_real_data kv_canary_sweep_interval kv_events_config
+        load_publish_endpoint load_snapshot_publish_interval log_level_http log_requests log_requests_format
+        log_requests_level log_requests_target msprobe_dump_config otlp_traces_endpoint prompt_tokens_buckets
+        show_time_cost smg_http_sidecar_port stat_loggers tokenizer_metrics_allowed_custom_labels
         tokenizer_metrics_custom_labels_header trace_modules uvicorn_access_log_exclude_prefixes
     """,
     "parallel": """
         cp_strategy dcp_comm_backend dcp_replicate_q_proj disable_attn_tp_gather dist_init_addr dist_timeout
-        elastic_ep_initial_size enable_attn_tp_input_scattered enable_cp_decode_attn_tp enable_dense_mlp_attn_tp
-        enable_dp_attention_local_control_broadcast enable_dp_lm_head enable_dsa_cache_layer_split
-        enable_layernorm_sp enable_p2p_check enable_shared_experts_attn_tp enable_tp_lm_head_all_to_all
-        ep_join_rank_offset ep_size gated_launch_port load_balance_method max_ep_size moe_dense_tp_size
-        nccl_port nnodes node_rank pp_max_micro_batch_size
+        dsa_prefill_cp_mode elastic_ep_initial_size enable_attn_tp_input_scattered enable_cp_decode_attn_tp
+        enable_dense_mlp_attn_tp enable_dp_attention_local_control_broadcast enable_dp_lm_head
+        enable_dsa_cache_layer_split enable_layernorm_sp enable_p2p_check enable_shared_experts_attn_tp
+        enable_tp_lm_head_all_to_all ep_join_rank_offset ep_size gated_launch_port load_balance_method
+        max_ep_size moe_dense_tp_size nccl_port nnodes node_rank pp_max_micro_batch_size prefill_cp_mode
     """,
     "schedule": """
         abort_on_priority_when_disabled c128_page_size default_priority_value disable_chunked_prefix_cache

@@ -1,4 +1,4 @@
-"""Every argument of the pinned SGLang's ServerArgs: allowed, allowed and tested with routes, or refused and why.
+"""Every argument of the pinned SGLang releases: allowed, allowed and tested with routes, or refused and why.
 
 A release with a new argument fails a test until somebody has read what it does to rows, KV slots, experts, tokens and
 log-probabilities, and has put it into one of the three.
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from r3_adapter.errors import CaptureError
+from r3_adapter.sglang.releases import RELEASES, absent, installed_release
 from r3_adapter.sglang.sampling import ENGINE_REFUSALS, SAMPLERS
-from r3_adapter.sglang.server_argument_names import ALLOWED, RELEASE, TESTED
+from r3_adapter.sglang.server_argument_names import ALLOWED, TESTED
 
 Refuser = Literal["guard", "adapter"]
 _NO = (False,)
@@ -19,6 +20,7 @@ _SEVERAL_RANKS = "tokens of a request are on several ranks"
 _FOREIGN_KV = "KV that comes back has no experts"
 _ADAPTERS = "rows name the version of the base weights, whichever adapter computed them, and the trainer has none"
 _SCORED = "it changes the distribution that tokens are scored in"
+_PREFILL_CP = ("enable_prefill_cp", "enable_prefill_context_parallel", "enable_dsa_prefill_context_parallel")
 _LOST_RANK = "ranks come and go, and whether a forward pass keeps its rows then is not known"
 
 
@@ -66,7 +68,9 @@ REFUSED: Mapping[str, Refusal] = {
     "enable_flexkv": Refusal(_FOREIGN_KV, _NO),
     "enable_hisparse": Refusal(_FOREIGN_KV, _NO),
     "radix_cache_backend": Refusal("it may offload KV"),
-    "enable_prefill_cp": _only_here(_SEVERAL_RANKS, _NO, "attn_cp_size, which it is for, is refused there"),
+    **{
+        name: _only_here(_SEVERAL_RANKS, _NO, "attn_cp_size, which it is for, is refused there") for name in _PREFILL_CP
+    },
     "enable_unified_memory": Refusal("rows are written at kernel ids and read at virtual ids", _NO),
     "enable_pdmux": Refusal("prefill and decode run at once and write the same rows", _NO),
     "dllm_algorithm": Refusal("a diffusion model computes each KV slot several times"),
@@ -110,31 +114,45 @@ REFUSED: Mapping[str, Refusal] = {
 """By name. What is a part of something refused, such as hicache_ratio, has no effect without it and is allowed."""
 
 
-def known_arguments() -> frozenset[str]:
-    """Return the names of all arguments that are classified."""
-    return ALLOWED | TESTED | REFUSED.keys()
+def known_arguments(release: str | None = None) -> frozenset[str]:
+    """Return the names of all arguments that are classified.
+
+    release: leave out those that it does not have; None, or a release that is not known, for those of all.
+    """
+    return (ALLOWED | TESTED | REFUSED.keys()) - absent("ServerArgs", release)
 
 
-def refused_arguments(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each argument that is refused, and why, with both operands."""
+def refused_arguments(arguments: Mapping[str, Any], release: str | None = None) -> Iterator[tuple[str, str]]:
+    """Yield the name of each argument that is refused, and why, with both operands.
+
+    release: of SGLang; None for the one that is installed here, if any.
+    """
+    release = release or installed_release()
+    known = known_arguments(release)
     for name, value in arguments.items():
-        if (refusal := REFUSED.get(name)) is not None:
-            if refusal.refuses(value):
-                yield name, f"{value!r} != {_wanted(refusal)}: {refusal.reason}"
-        elif name not in known_arguments():
-            near = difflib.get_close_matches(name, known_arguments(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield name, f"{name!r} is no argument of SGLang {RELEASE}{hint}"
+        if name not in known:
+            yield name, f"{name!r} is no argument of SGLang {release or ' or '.join(RELEASES)}{_hint(name, known)}"
+        elif (refusal := REFUSED.get(name)) is not None and refusal.refuses(value):
+            yield name, f"{value!r} != {_wanted(refusal)}: {refusal.reason}"
 
 
-def check_server_arguments(arguments: Mapping[str, Any]) -> None:
+def check_server_arguments(arguments: Mapping[str, Any], release: str | None = None) -> None:
     """Refuse arguments of SGLang with which routes or samples would be wrong, before anything starts.
+
+    release: as in refused_arguments.
 
     Raises:
         CaptureError: Names the first one, with both operands.
     """
-    for name, why in refused_arguments(arguments):
+    for name, why in refused_arguments(arguments, release):
         raise CaptureError(f"SGLang's argument {why}" if why.startswith(repr(name)) else f"SGLang's {name} {why}")
+
+
+def _hint(name: str, known: frozenset[str]) -> str:
+    if having := [each for each in RELEASES if name in known_arguments(each)]:
+        return f"; {' and '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _wanted(refusal: Refusal) -> str:

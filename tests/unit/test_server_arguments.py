@@ -1,18 +1,18 @@
-"""Every argument of the pinned SGLang is allowed, tested or refused; the guard in the engine refuses what it can."""
+"""Every argument of the pinned SGLangs is allowed, tested or refused; the guard in the engine refuses what it can."""
 
 import importlib.util
 import json
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
 from r3_adapter.errors import CaptureError
-from r3_adapter.sglang.server_argument_names import ALLOWED, RELEASE, TESTED
-from r3_adapter.sglang.server_arguments import REFUSED, check_server_arguments
+from r3_adapter.sglang.releases import RELEASES, installed_release
+from r3_adapter.sglang.server_argument_names import ALLOWED, TESTED
+from r3_adapter.sglang.server_arguments import REFUSED, check_server_arguments, known_arguments
 from r3_adapter.sglang.settings import EngineSettings
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +22,12 @@ import json, sys
 from types import SimpleNamespace
 from r3_adapter.sglang.cpu import enable_cpu
 enable_cpu()
+import dataclasses
 import msgspec
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.state_capturer import routed_experts_guard as guard
+asked = json.load(sys.stdin)
+if asked:
+    from sglang.srt.state_capturer import routed_experts_guard as guard
 
 def refusals(changes):
     bags = {}
@@ -46,10 +49,10 @@ def refusals(changes):
     found = [pair for name in names for pair in getattr(guard, name)()]
     return [reason for refused, reason in found if refused]
 
-asked = json.load(sys.stdin)
-fields = {field.name: None for field in msgspec.structs.fields(ServerArgs)}
+kind = dataclasses if dataclasses.is_dataclass(ServerArgs) else msgspec.structs
+fields = [field.name for field in kind.fields(ServerArgs)]
 answers = {name: refusals({name: value}) for name, value in asked.items()}
-print(json.dumps({"fields": list(fields), "none": refusals({}), "answers": answers}))
+print(json.dumps({"fields": fields, "none": refusals({}) if asked else None, "answers": answers}))
 """
 
 VALUES = {"attn_cp_size": 2, "dcp_size": 2, "disaggregation_mode": "prefill", "speculative_algorithm": "EAGLE"}
@@ -70,35 +73,53 @@ def _value(name):
 @pytest.fixture(scope="module")
 def sglang():
     found = importlib.util.find_spec("sglang")
-    guard = found and Path(found.submodule_search_locations[0], "srt/state_capturer/routed_experts_guard.py")
-    if not guard or not guard.exists():
-        pytest.skip("needs the patched sglang")
-    asked = {name: _value(name) for name, each in REFUSED.items() if each.by == "guard" and name not in OF_MODULES}
+    if not found:
+        pytest.skip("needs sglang")
+    guard = Path(found.submodule_search_locations[0], "srt/state_capturer/routed_experts_guard.py")
+    names = (known_arguments(installed_release()) & REFUSED.keys()) - OF_MODULES if guard.exists() else ()
+    asked = {name: _value(name) for name in names if REFUSED[name].by == "guard"}
     command = [sys.executable, "-W", "ignore", "-c", _SCRIPT]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"guard": guard}
 
 
-def test_every_argument_of_the_pin_is_in_one_class(sglang):
-    fields = set(sglang["fields"])
+def test_every_argument_of_the_installed_release_is_in_one_class(sglang):
+    fields, known = set(sglang["fields"]), known_arguments(installed_release())
     assert len(fields) == len(sglang["fields"])
-    known = ALLOWED | TESTED | REFUSED.keys()
     assert fields - known == set(), "read what these do to rows, and put them into server_argument_names.py or REFUSED"
-    assert known - fields == set()
-    assert len(ALLOWED) + len(TESTED) + len(REFUSED) == len(known)
+    of_patches = set() if sglang["guard"].exists() else {"routed_experts_dir", "routed_experts_format"}
+    assert known - fields == of_patches, "releases.py does not say that these were added or removed"
+    assert len(ALLOWED) + len(TESTED) + len(REFUSED) == len(known_arguments())
 
 
-def test_the_table_is_of_the_pin():
-    pins = re.findall(r'"sglang==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    assert set(pins) == {RELEASE}
-    try:
-        assert version("sglang") == RELEASE
-    except PackageNotFoundError:
+def test_the_tables_are_of_the_pins():
+    pins = re.findall(r'"sglang==([\w.]+)"', (ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.name for path in ROOT.glob("patches/sglang/*/series")}
+    assert pins and {*pins, *folders} <= set(RELEASES)
+    if installed_release() is None:
         pytest.skip("needs sglang")
+    assert installed_release() in RELEASES
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_an_argument_of_another_release_is_refused_by_the_name_of_that_one(release):
+    missing = known_arguments() - known_arguments(release)
+    assert missing
+    for name in missing:
+        with pytest.raises(CaptureError) as raised:
+            check_server_arguments({name: None}, release)
+        start = f"SGLang's argument {name!r} is no argument of SGLang {release}; "
+        having = str(raised.value).removeprefix(start).removesuffix(" it").rsplit(" ", 1)[0].split(" and ")
+        assert having == [each for each in RELEASES if name in known_arguments(each)]
+        assert having and release not in having
+        # A release whose arguments nobody has read decides itself.
+        check_server_arguments({name: None}, "0.0.1")
 
 
 def test_the_guard_refuses_what_the_table_says_it_does(sglang):
+    if sglang["none"] is None:
+        pytest.skip("needs the patched sglang")
     assert sglang["none"] == []
     for name, reasons in sglang["answers"].items():
         assert len(reasons) == 1, f"{name}: {reasons}"
@@ -120,13 +141,13 @@ def test_what_is_called_tested_is_used_by_a_test():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_names_both_operands(name):
-    value = _value(name)
+    value, release = _value(name), next(each for each in RELEASES if name in known_arguments(each))
     with pytest.raises(CaptureError) as raised:
-        check_server_arguments({"dtype": "float32", name: value})
+        check_server_arguments({"dtype": "float32", name: value}, release)
     assert str(raised.value).startswith(f"SGLang's {name} {value!r} != ")
     assert str(raised.value).endswith(REFUSED[name].reason)
     for each in (None, *REFUSED[name].allowed):
-        check_server_arguments({name: each})
+        check_server_arguments({name: each}, release)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +171,7 @@ def test_what_is_refused_names_both_operands(name):
 )
 def test_messages(arguments, message):
     with pytest.raises(CaptureError) as raised:
-        check_server_arguments(arguments)
+        check_server_arguments(arguments, "0.5.20")
     assert message in str(raised.value)
 
 
