@@ -1,44 +1,73 @@
-# Sourced by the other scripts: makes a virtual environment with the pinned engines, builds the package, applies the patches.
+# Sourced by the other scripts: makes a virtual environment with pinned engines, builds the package, applies the patches.
 # Does nothing where that is done already and nothing that it depends on has changed; else brings it there from whatever state it is in.
 #
-# PYTHON: the interpreter, which decides on Megatron-core's pin: 0.19.2 from Python 3.12 on, in .venv-3.12, .venv-3.13 and so on; 0.16.1
-# before, in .venv.
+# PYTHON: the interpreter. Default: python3.
+# SGLANG_VERSION, MEGATRON_VERSION: pins, of those in launch/pins/ and patches/megatron-core/. Default: sglang 0.5.20; megatron-core 0.19.2
+# from Python 3.12 on, 0.16.1 before.
+# R3_VENV: the folder of the environment. Default: .venv, or .venv-3.12, .venv-3.13 and so on, and behind it each pin that is not the default.
 # R3_EXTRAS: extras of pyproject.toml to install; default: "gpu" where nvidia-smi finds one, else "cpu".
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
-SGLANG=sglang==0.5.20
-if "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
-    VENV=.venv-$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    MEGATRON=megatron-core==0.19.2
-else
-    VENV=.venv
-    MEGATRON=megatron-core==0.16.1
-fi
-TORCH=torch==2.13.0
+
+r3_say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
+
+# r3_pin VARIABLE DISTRIBUTION VERSION PIN...: refuse a version that is none of the pins.
+r3_pin() {
+    local variable=$1 distribution=$2 version=$3 pin
+    shift 3
+    for pin in "$@"; do [ "$pin" != "$version" ] || return 0; done
+    r3_say "$variable=$version is no pin of $distribution; pins: $*"
+    exit 2
+}
+
+# Say in VENV, SGLANG, MEGATRON and PINS what is installed where.
+r3_choose() {
+    local sglang=0.5.20 megatron=0.16.1 newer
+    local -a known=(launch/pins/sglang-*.txt)
+    known=("${known[@]#launch/pins/sglang-}")
+    newer=$("$PYTHON" -c 'import sys; print("-%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 12) else "")')
+    [ -z "$newer" ] || megatron=0.19.2
+    SGLANG=${SGLANG_VERSION:-$sglang} MEGATRON=${MEGATRON_VERSION:-$megatron} VENV=.venv$newer
+    r3_pin SGLANG_VERSION sglang "$SGLANG" "${known[@]%.txt}"
+    known=(patches/megatron-core/*/series)
+    known=("${known[@]#patches/megatron-core/}")
+    r3_pin MEGATRON_VERSION megatron-core "$MEGATRON" "${known[@]%/series}"
+    [ "$SGLANG" = "$sglang" ] || VENV+=-sglang-$SGLANG
+    [ "$MEGATRON" = "$megatron" ] || VENV+=-megatron-core-$MEGATRON
+    VENV=${R3_VENV:-$VENV} PINS=launch/pins/sglang-$SGLANG.txt SGLANG=sglang==$SGLANG MEGATRON=megatron-core==$MEGATRON
+}
+r3_choose
 
 r3_extras() {
     if [ -n "${R3_EXTRAS:-}" ]; then echo "$R3_EXTRAS"; elif nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi
 }
 
-r3_say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
-
 # What the installation was made from: a change of it means to install again.
 r3_fingerprint() {
-    { r3_extras; "$PYTHON" --version; cat launch/setup.sh pyproject.toml; find cpp patches -type f -print0 | sort -z | xargs -0 cat; } \
-        | sha256sum | cut -d ' ' -f 1
+    {
+        echo "$SGLANG $MEGATRON"
+        r3_extras
+        "$PYTHON" --version
+        cat launch/setup.sh pyproject.toml "$PINS"
+        find cpp patches -type f -print0 | sort -z | xargs -0 cat
+    } | sha256sum | cut -d ' ' -f 1
 }
 
 r3_install() {
     local extras pip="$VENV/bin/python -m pip install --quiet --disable-pip-version-check"
     extras=$(r3_extras)
-    r3_say "installing the pinned engines and the package ($extras) into $VENV"
+    r3_say "installing $SGLANG, $MEGATRON and the package ($extras) into $VENV"
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-    # torch first and alone: everything after it must take what is there.
-    $pip "$TORCH"
-    $pip --constraint <(echo "$TORCH") --editable ".[$extras,report,rl,test]"
-    # Without a GPU, SGLang's CUDA dependencies are left out; docs/install.md names them.
-    if [ "$extras" = cpu ]; then $pip --no-deps "$SGLANG"; fi
+    if [ "$extras" = cpu ]; then
+        # torch first and alone: everything after it must take what is there.
+        $pip --constraint "$PINS" torch
+        $pip --constraint "$PINS" "$MEGATRON" --editable ".[$extras,report,rl,test]"
+        # SGLang's CUDA dependencies are left out; docs/install.md names them.
+        $pip --no-deps "$SGLANG"
+    else
+        $pip "$SGLANG" "$MEGATRON" --editable ".[$extras,report,rl,test]"
+    fi
     r3_patch
 }
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from r3_adapter import patching
 from r3_adapter.patching import State
@@ -80,3 +81,61 @@ def test_engines_are_patched_from_any_state(tmp_path: Path) -> None:
     (kept,) = venv.glob("set-aside-*/sglang/srt/state_capturer")
     assert (kept / added.name).read_text() == "# of somebody else\n"
     assert "again" not in patch()
+
+
+def choose(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Return what launch/setup.sh makes of a choice of pins."""
+    script = f'source {REPO}/launch/setup.sh; echo "$VENV $SGLANG $MEGATRON $PINS"'
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("_VERSION") and name != "R3_VENV"}
+    env = {**clean, "PYTHON": sys.executable, **variables}
+    return subprocess.run(["bash", "-c", script], env=env, check=False, capture_output=True, text=True)
+
+
+PLAIN = ".venv" if sys.version_info < (3, 12) else f".venv-3.{sys.version_info.minor}"
+MEGATRON = "0.16.1" if sys.version_info < (3, 12) else "0.19.2"
+
+
+@pytest.mark.parametrize(
+    ("variables", "venv", "sglang", "megatron"),
+    [
+        ({}, PLAIN, "0.5.20", MEGATRON),
+        ({"SGLANG_VERSION": "0.5.20", "MEGATRON_VERSION": MEGATRON}, PLAIN, "0.5.20", MEGATRON),
+        ({"SGLANG_VERSION": "0.5.23"}, f"{PLAIN}-sglang-0.5.23", "0.5.23", MEGATRON),
+        (
+            {"SGLANG_VERSION": "0.5.15.post1", "MEGATRON_VERSION": "0.19.2"},
+            f"{PLAIN}-sglang-0.5.15.post1" + "-megatron-core-0.19.2" * (MEGATRON != "0.19.2"),
+            "0.5.15.post1",
+            "0.19.2",
+        ),
+        ({"SGLANG_VERSION": "0.5.23", "R3_VENV": "elsewhere"}, "elsewhere", "0.5.23", MEGATRON),
+    ],
+)
+def test_each_choice_of_pins_has_its_environment(
+    variables: dict[str, str], venv: str, sglang: str, megatron: str
+) -> None:
+    want = f"{venv} sglang=={sglang} megatron-core=={megatron} launch/pins/sglang-{sglang}.txt"
+    assert choose(variables).stdout.split() == want.split()
+
+
+@pytest.mark.parametrize(
+    ("variable", "version", "pins"),
+    [
+        ("SGLANG_VERSION", "0.5.19", sorted(path.parent.name for path in (REPO / "patches/sglang").glob("*/series"))),
+        ("MEGATRON_VERSION", "0.20.0", sorted(path.parent.name for path in (REPO / "patches").glob("meg*/*/series"))),
+    ],
+)
+def test_a_version_that_is_not_pinned_is_refused_with_the_pins(variable: str, version: str, pins: list[str]) -> None:
+    refused = choose({variable: version})
+    assert refused.returncode == 2 and not refused.stdout
+    assert f"{variable}={version} is no pin" in refused.stderr
+    said = refused.stderr.partition("pins: ")[2].split("\033")[0].split()
+    assert set(pins) <= set(said)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "launch/pins").glob("*.txt")), ids=lambda path: path.stem)
+def test_each_environment_says_its_engine_and_torch(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    names = [Requirement(line).name for line in lines]
+    assert names == sorted(set(names))
+    assert path.stem.replace("sglang-", "sglang==") in lines
+    assert {"torch", "transformers", "tokenizers"} <= set(names)
