@@ -75,11 +75,13 @@ def _tell_transformers() -> None:
 
 
 def use_plain_host_memory() -> None:
-    """Give SGLang's capture an allocator for device "cpu": its default registers the memory with CUDA.
+    """Give SGLang's capture an allocator for device "cpu": its default registers or pins the memory with CUDA.
 
-    Source: sglang@0.5.20: srt/mem_cache/pool_host/common.py:ALLOC_MEMORY_FUNCS
+    Source: sglang@0.5.20: srt/mem_cache/pool_host/common.py:ALLOC_MEMORY_FUNCS; sglang@0.5.15.post1, which asks torch for
+        pinned memory itself: srt/state_capturer/base.py:BaseHostCache
     """
     from sglang.srt.mem_cache.pool_host import common
+    from sglang.srt.state_capturer import base
 
     def allocate(
         dims: Any, dtype: Any, device: Any, pin_memory: bool, allocator: Any, registration_granularity_bytes: Any = None
@@ -87,16 +89,34 @@ def use_plain_host_memory() -> None:
         return allocator.allocate(dims, dtype=dtype, device=device)
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+    if "ALLOC_MEMORY_FUNCS" not in vars(base):
+        base.torch = _Unpinned()
+
+
+class _Unpinned:
+    """Stands in for torch in one module of SGLang's: memory is as any other."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch, name)
+
+    def zeros(self, *size: Any, pin_memory: bool = False, **options: Any) -> Any:
+        import torch
+
+        return torch.zeros(*size, **options)
 
 
 def let_native_attention_pad() -> None:
     """Give SGLang's torch_native attention the length of a padded sequence on a CPU, which DP attention asks for.
 
-    Source: sglang@0.5.20: srt/layers/attention/intel_amx_backend.py:get_cpu_graph_seq_len_fill_value
+    Source: sglang@0.5.20: srt/layers/attention/intel_amx_backend.py:get_cpu_graph_seq_len_fill_value;
+        sglang@0.5.15.post1, which asks for that of CUDA graphs: srt/model_executor/forward_batch_info.py:_pad_inputs_to_size
     """
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1
+    TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = lambda self: 1
 
 
 def _stub_paths() -> list[str]:
