@@ -77,8 +77,8 @@ def _tell_transformers() -> None:
 def use_plain_host_memory() -> None:
     """Give SGLang's capture an allocator for device "cpu": its default registers or pins the memory with CUDA.
 
-    Source: sglang@0.5.20: srt/mem_cache/pool_host/common.py:ALLOC_MEMORY_FUNCS; sglang@0.5.15.post1, which asks torch for
-        pinned memory itself: srt/state_capturer/base.py:BaseHostCache
+    Source: sglang@0.5.20: srt/mem_cache/pool_host/common.py:ALLOC_MEMORY_FUNCS; sglang@0.5.15.post1, which asks torch:
+        srt/state_capturer/base.py:BaseHostCache
     """
     from sglang.srt.mem_cache.pool_host import common
     from sglang.srt.state_capturer import base
@@ -111,7 +111,7 @@ def let_native_attention_pad() -> None:
     """Give SGLang's torch_native attention the length of a padded sequence on a CPU, which DP attention asks for.
 
     Source: sglang@0.5.20: srt/layers/attention/intel_amx_backend.py:get_cpu_graph_seq_len_fill_value;
-        sglang@0.5.15.post1, which asks for that of CUDA graphs: srt/model_executor/forward_batch_info.py:_pad_inputs_to_size
+        sglang@0.5.15.post1, where it is that of CUDA graphs: srt/model_executor/forward_batch_info.py
     """
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
