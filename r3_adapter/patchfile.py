@@ -3,6 +3,7 @@
 unidiff parses; bytes travel through it as latin-1, which maps each byte to one character and back.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class Hunk:
 class FileDiff:
     """What one patch does to one file; `place` is "patch: path" for messages.
 
-    added, removed: numbers of lines.
+    added, removed: numbers of lines. blob: git's name of the file before, mostly shortened; empty where there is none.
     """
 
     place: str
@@ -45,6 +46,7 @@ class FileDiff:
     hunks: tuple[Hunk, ...]
     added: int
     removed: int
+    blob: str = ""
 
     def inverse(self) -> "FileDiff":
         """Return the diff that undoes this one."""
@@ -56,16 +58,18 @@ class FileDiff:
             hunks=hunks,
             added=self.removed,
             removed=self.added,
+            blob="",
         )
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch file: its header (all text before the first diff) and its diffs."""
+    """A patch file: its header (all text before the first diff), its diffs, and the sha256 of the file."""
 
     name: str
     header: str
     diffs: tuple[FileDiff, ...]
+    sha256: str
 
 
 def read_patch(path: Path) -> Patch:
@@ -89,7 +93,7 @@ def read_patch(path: Path) -> Patch:
     if known != len(body):
         raise PatchError(f"{path.name}: {len(body)} lines of diff != {known} in its headers and hunks")
     diffs = tuple(_convert(path.name, file) for file in files)
-    return Patch(path.name, header, diffs)
+    return Patch(path.name, header, diffs, hashlib.sha256(data).hexdigest())
 
 
 def trailers(header: str) -> dict[str, str]:
@@ -160,7 +164,10 @@ def _convert(name: str, file: PatchedFile) -> FileDiff:
     if pure.is_absolute() or ".." in pure.parts or str(pure) != path or "\\" in path:
         raise PatchError(f"{place}: not a plain relative path")
     hunks = tuple(_convert_hunk(place, hunk) for hunk in file)
-    return FileDiff(place, path, creates, deletes, hunks, file.added, file.removed)
+    blob = re.search(r"^index ([0-9a-f]+)\.\.", "".join(file.patch_info or ()), re.MULTILINE)
+    return FileDiff(
+        place, path, creates, deletes, hunks, file.added, file.removed, blob[1] if blob and not creates else ""
+    )
 
 
 def _convert_hunk(place: str, hunk: ParsedHunk) -> Hunk:

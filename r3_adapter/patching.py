@@ -191,9 +191,9 @@ def _plan(status: Status, goal: State) -> _Plan:
     if status.state not in MOVABLE and not _is_litter(status, goal):
         raise PatchError(explain(status))
     series, pins = status.series, status.series.files if status.series else {}
-    result = released = _released(status)
+    result = known = released(status)
     if series and goal is State.APPLIED:
-        result = released | patched(series, read_patches(series), {path: released[path] for path in pins})
+        result = known | patched(series, read_patches(series), {path: known[path] for path in pins})
     for path, pin in pins.items():
         want, have = pin.after if goal is State.APPLIED else pin.before, digest(result[path])
         if have != want:
@@ -204,13 +204,13 @@ def _plan(status: Status, goal: State) -> _Plan:
     # The record comes last: as long as a file is as another series made it, that series' record is there.
     record = _record(status)
     old = read_files(record.parent, [record.name])[record.name]
-    after = {path: Note(released[path], frozenset({pin.after})) for path, pin in pins.items()}
+    after = {path: Note(known[path], frozenset({pin.after})) for path, pin in pins.items()}
     new = Record(status.installed, after).to_bytes() if goal is State.APPLIED else None
     changes.append(Change(record, old, new))
-    return _Plan(changes, (journal_path(_site(status), status.distribution), _on_the_way(status, released).to_bytes()))
+    return _Plan(changes, (journal_path(_site(status), status.distribution), _on_the_way(status, known).to_bytes()))
 
 
-def _released(status: Status) -> Contents:
+def released(status: Status) -> Contents:
     """Return the released bytes of all files: what others than this series did is in their record."""
     contents, series = dict(status.contents), status.series
     if series:
