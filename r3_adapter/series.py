@@ -19,6 +19,7 @@ ABSENT = "absent"
 LOCK_NAME = "upstream.lock.toml"
 SHARED = "shared"
 TEST_FOLDERS = ("test/", "tests/")
+_ENTRY = re.compile(r"(\.\./(?P<folder>[^./][^/]*)/)?(?P<name>[^./][^/]*\.patch)")
 _LOCK_HEAD = "# The file hashes are written by `r3 patch lock`: sha256 before and after the whole series.\n"
 _HASH = re.compile(rf"[0-9a-f]{{64}}|{ABSENT}")
 
@@ -36,7 +37,7 @@ class Hashes:
 
 @dataclass(frozen=True)
 class Series:
-    """The patches for one version of a distribution; the folder `shared` beside its own has those of several versions.
+    """The patches for one version of a distribution, some of which lie in `shared` or in another version's folder.
 
     prefix: what upstream's repository has in front of the paths of an installation.
     package: the folder of an installation that patches may change.
@@ -122,22 +123,24 @@ def listed(series: Series) -> list[Path]:
     Raises:
         PatchError: There is no such file, it lists one twice or one that is missing, or leaves out one of its folder.
     """
-    listing, beside = series.folder / "series", f"../{SHARED}/"
+    listing, beside = series.folder / "series", f"../{SHARED}/NAME.patch"
     if not listing.is_file():
         raise PatchError(f"{series.distribution} {series.version}: no file {listing}")
     entries = _entries(listing)
-    names = [entry.removeprefix(beside) for entry in entries]
-    for entry, name in zip(entries, names, strict=True):
-        if "/" in name or not name.endswith(".patch"):
-            raise PatchError(f"{listing}: {entry!r} is neither NAME.patch nor {beside}NAME.patch")
+    matches = [_ENTRY.fullmatch(entry) for entry in entries]
+    for entry, match in zip(entries, matches, strict=True):
+        if match is None or match["folder"] == series.folder.name:
+            raise PatchError(f"{listing}: {entry!r} is neither NAME.patch nor {beside} nor one of another version")
+    found = [(match["folder"], match["name"]) for match in matches if match]
+    names = [name for _, name in found]
+    for name in names:
         if names.count(name) > 1:
             raise PatchError(f"{listing}: lists {name} {names.count(name)} times")
-    own = sorted(name for name in names if name in entries)
+    own = sorted(name for folder, name in found if folder is None)
     there = sorted(path.name for path in series.folder.glob("*.patch"))
     if own != there:
         raise PatchError(f"{listing}: lists {own} != the folder's {there}")
-    shared = series.folder.parent / SHARED
-    files = [(series.folder if name == entry else shared) / name for entry, name in zip(entries, names, strict=True)]
+    files = [series.folder.parent / (folder or series.folder.name) / name for folder, name in found]
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise PatchError(f"{listing}: lists what is not there: {', '.join(missing)}")
@@ -164,7 +167,7 @@ def read_patches(series: Series) -> tuple[Patch, ...]:
         if missing:
             raise PatchError(f"{patch.name}: header lacks the trailers {', '.join(missing)}")
         for diff in patch.diffs:
-            if path.parent != series.folder and not diff.creates:
+            if path.parent.name == SHARED and not diff.creates:
                 raise PatchError(f"{diff.place}: a shared patch only adds files; this belongs in a version's folder")
     return patches
 

@@ -1,17 +1,14 @@
-"""Megatron-core's own replay is one list for the process: a second model makes the first one's data unusable."""
+"""Megatron-core's own replay takes an expert twice, too many experts, and rows of another batch, in silence."""
 
 import torch
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function as route
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
-policy = [RouterReplay() for _ in range(2)]  # what the two MoE layers of a model make of themselves
-RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-data = [torch.tensor([[0, 1]]), torch.tensor([[2, 3]])]
-RouterReplay.set_replay_data(data)
-reference = [RouterReplay() for _ in range(2)]  # a reference model in the same process
-try:
-    RouterReplay.set_replay_data(data)
-except ValueError as error:
-    print(f"data for the policy, once a reference model is there: {error}")
-RouterReplay.clear_global_router_replay_instances()
-RouterReplay.set_replay_data([])
-print(f"after the list was cleared: no error, and the policy replays old rows: {policy[0].target_topk_idx.tolist()}")
+replay, logits = RouterReplay(), torch.randn(4, 8)
+replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+for name, ids in (("an expert twice", [3, 3]), ("one too many", [1, 2, 3]), ("one too few", [5])):
+    replay.set_target_indices(torch.tensor([ids] * 4))
+    _, routing_map = route(logits, 2, router_replay=replay)
+    print(f"{name}: top-k 2, experts a token: {routing_map.sum(dim=1).tolist()}, no error")
+_, again = route(torch.randn(4, 8), 2, router_replay=replay)
+print(f"the next micro-batch, not told of any routes: uses those of the last one: {torch.equal(again, routing_map)}")

@@ -1,11 +1,17 @@
-"""The counts that drive the expert bias mask experts in place of tokens; with as many tokens as experts, in silence."""
+"""Megatron-core's own replay is one list for the process: a second model makes the first one's data unusable."""
 
 import torch
-from megatron_router import make_router
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
-router = make_router(num_experts=4, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
-padding = torch.tensor([False, False, True, True])  # of four tokens, two are padding
-routing_map = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.bool)
-router._apply_expert_bias(routing_map, padding_mask=padding)
-want = (routing_map & ~padding[:, None]).sum(dim=0)
-print(f"tokens by expert without padding: {want.tolist()}; counted: {router.local_tokens_per_expert.tolist()}")
+policy = [RouterReplay() for _ in range(2)]  # what the two MoE layers of a model make of themselves
+RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+data = [torch.tensor([[0, 1]]), torch.tensor([[2, 3]])]
+RouterReplay.set_replay_data(data)
+reference = [RouterReplay() for _ in range(2)]  # a reference model in the same process
+try:
+    RouterReplay.set_replay_data(data)
+except ValueError as error:
+    print(f"data for the policy, once a reference model is there: {error}")
+RouterReplay.clear_global_router_replay_instances()
+RouterReplay.set_replay_data([])
+print(f"after the list was cleared: no error, and the policy replays old rows: {policy[0].target_topk_idx.tolist()}")

@@ -66,6 +66,30 @@ def test_two_versions_have_the_same_bytes(shared: World) -> None:
     assert shared.states()[0] is State.APPLIED
 
 
+def test_a_version_whose_files_are_those_of_another_takes_its_patches(shared: World) -> None:
+    lock(shared)
+    shared.uninstall("alpha")
+    shared.install("alpha", "1.1", made.ALPHA_OLD)
+    (shared.root / "alpha/1.1").mkdir()
+    write_series(shared, f"../{SHARED}/0001-substance.patch", "../1.0/0002-hook.patch", version="1.1")
+    patching.lock("alpha", "1.1", site=shared.site, root=shared.root)
+    one, other = shared.pins()["alpha"]
+    assert read_patches(one) == read_patches(other)
+    assert one.files == other.files
+    shared.apply("alpha")
+    assert shared.states()[0] is State.APPLIED
+
+
+def test_a_patch_of_another_version_does_not_apply_to_other_files(shared: World) -> None:
+    lock(shared)
+    shared.uninstall("alpha")
+    shared.install("alpha", "1.1", {**made.ALPHA_OLD, "alpha/core/still.py": b"other = 1\n"})
+    (shared.root / "alpha/1.1").mkdir()
+    write_series(shared, f"../{SHARED}/0001-substance.patch", "../1.0/0002-hook.patch", version="1.1")
+    with pytest.raises(PatchError, match=r"0002-hook\.patch: alpha/core/still\.py"):
+        patching.lock("alpha", "1.1", site=shared.site, root=shared.root)
+
+
 @pytest.mark.parametrize(
     "new",
     [
@@ -94,7 +118,14 @@ def test_a_listing_out_of_order_is_refused(shared: World) -> None:
     refused(r"lists 0002-hook\.patch 2 times", hook, f"../{SHARED}/{hook}")
     refused(r"lists what is not there: .*0009-none\.patch", first, hook, f"../{SHARED}/0009-none.patch")
     refused(r"lists \[\] != the folder's \['0002-hook\.patch'\]", first)
-    for line in ("../1.1/0001-x.patch", f"../{SHARED}/../1.0/{hook}", f"{SHARED}/0001-substance.patch", "notes.txt"):
+    refused(r"lists what is not there: .*1\.1/0001-x\.patch", hook, "../1.1/0001-x.patch")
+    for line in (
+        f"../1.0/{hook}",
+        f"../{SHARED}/../1.0/{hook}",
+        f"{SHARED}/0001-substance.patch",
+        "notes.txt",
+        "../../x.patch",
+    ):
         refused(r"is neither NAME\.patch nor \.\./shared/NAME\.patch", hook, line)
 
 
