@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.options import SELECTS, refused_options
+from r3_adapter.megatron.options import RELEASES, SELECTS, refused_options, unknown_options
 from r3_adapter.trace import ModelId, RoutingTrace
 
 _MOST_LAYERS = 1 << 16
@@ -44,6 +44,11 @@ def check_config(config: Any, layer_id: int) -> None:
     """
     for name, found, wanted, why in refused_options(vars(config)):
         raise ReplayError(f"layer {layer_id}: {name} ({found!r}) != {wanted}: {why}")
+    for name, found in unknown_options(config):
+        raise ReplayError(
+            f"layer {layer_id}: {name} ({found!r}) is an option of none of the pinned releases "
+            f"({', '.join(RELEASES)}): what it does to tokens and routers is not known; leave it at its default"
+        )
 
 
 def check_model(model: Any, routers: Mapping[int, Any], traces: Sequence[RoutingTrace]) -> None:

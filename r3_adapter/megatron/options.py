@@ -6,9 +6,10 @@ read what it does to these, and has put it into one of the three.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NamedTuple
 
-RELEASES = ("0.16.1", "0.19.2")
+RELEASES = ("0.16.1", "0.18.0", "0.18.2", "0.19.0", "0.19.1", "0.19.2")
 
 
 class Refusal(NamedTuple):
@@ -179,6 +180,68 @@ _ALLOWED: Mapping[str, str] = {
 
 ALLOWED: Mapping[str, str] = {name: reason for reason, names in _ALLOWED.items() for name in names.split()}
 """The other fields, each with what it is about that leaves routes as they are."""
+
+
+_ADDED: Mapping[str, str] = {
+    "0.18.0": """
+        cpu_offloading_retain_pinned_cpu_buffers cuda_graph_modules fine_grained_offloading_max_inflight_offloads
+        fp8_output_proj fused_residual_rmsnorm high_priority_a2a_comm_stream inference_cuda_graph_scope
+        inference_disable_triton_nvls_kernels inference_grouped_gemm_backend inference_moe_disable_fused_quant_kernels
+        inference_moe_token_dispatcher_type mla_down_proj_fusion mlp_chunks_for_training moe_expert_rank_capacity_factor
+        moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing
+        moe_mlp_glu_interleave_size moe_pad_experts_for_cuda_graph_inference moe_paged_stash
+        moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size
+        moe_permute_fusion_into_hybridep moe_router_force_biased moe_single_grouped_bias moe_single_grouped_weight
+        mtp_hybrid_override_pattern mtp_use_repeated_layer mup_attn_scale_power mup_base_head_dim mup_base_hidden_size
+        mup_embedding_mult mup_output_mult mup_width_mult nccl_all_reduce_for_prefill
+        overlap_dispatch_backward_with_experts_wgrad use_grouped_gemm_for_dense_mlp use_mup
+        use_transformer_engine_op_fuser
+    """,
+    "0.19.0": """
+        activation_offload_fraction delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
+        dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 dsa_indexer_rope_interleaved dsa_indexer_rotate_activation
+        dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset dsa_indexer_topk_freq dsa_kernel_backend
+        experimental_attention_variant_loss_scale_func expert_gtp_weight_remat_size
+        expert_tensor_parallel_num_weight_shards flash_attention_version gtp_weight_remat_size
+        mamba_training_ssm_states_dtype moe_flex_dispatcher_num_sms moe_grad_scale_func
+        moe_hybridep_pad_uneven_dispatch_inputs moe_ncclep_static_shape moe_ncclep_zero_copy
+        moe_router_quantile_balancing_ema moe_shared_expert_glu_interleave_size mtp_detach_heads mtp_grad_scale_func
+        tensor_parallel_num_weight_shards use_grouped_gemm_for_shared_expert
+    """,
+}
+_REMOVED: Mapping[str, str] = {
+    "0.18.0": "async_tensor_model_parallel_allreduce moe_extended_tp moe_use_legacy_grouped_gemm"
+}
+"""Fields that came or went with a release; all others each pin has."""
+
+KNOWN = frozenset({*REFUSED, *CONDITIONAL, *TESTED, *ALLOWED})
+"""All fields that are in a class."""
+
+
+def fields_of(release: str) -> frozenset[str]:
+    """Return the fields of the configurations of a pin, as they were read when they were classified."""
+    names, at = set(KNOWN), RELEASES.index(release)
+    for changes, there_since in ((_ADDED, True), (_REMOVED, False)):
+        for changed, text in changes.items():
+            if (at >= RELEASES.index(changed)) is not there_since:
+                names -= {*text.split()}
+    return frozenset(names)
+
+
+def unknown_options(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of Megatron's own configurations that are in no class and are not at their default.
+
+    A framework's configuration may extend Megatron's; its own fields are its own business.
+    """
+    for kind in type(config).__mro__:
+        if not (kind.__module__.startswith("megatron.core.") and is_dataclass(kind)):
+            continue
+        for field in fields(kind):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = getattr(config, field.name, default)
+            if field.name not in KNOWN and not (value is default or value == default):
+                yield field.name, value
+        return
 
 
 def refused_options(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, str]]:

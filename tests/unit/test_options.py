@@ -2,11 +2,25 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from r3_adapter.megatron.options import ALLOWED, CONDITIONAL, REFUSED, RELEASES, SELECTS, TESTED, refused_options
+from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.checks import check_config
+from r3_adapter.megatron.options import (
+    ALLOWED,
+    CONDITIONAL,
+    KNOWN,
+    REFUSED,
+    RELEASES,
+    SELECTS,
+    TESTED,
+    fields_of,
+    refused_options,
+    unknown_options,
+)
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ({*REFUSED}, {*CONDITIONAL}, TESTED, {*ALLOWED})
@@ -23,17 +37,6 @@ kinds = (ModelParallelConfig, TransformerConfig, MLATransformerConfig)
 print(__version__.split("+")[0], *sorted({field.name for kind in kinds for field in fields(kind)}))
 """
 
-ONLY_IN = {
-    "0.16.1": {"async_tensor_model_parallel_allreduce", "moe_extended_tp", "moe_use_legacy_grouped_gemm"},
-    "0.19.2": {
-        "activation_offload_fraction",
-        "cpu_offloading_retain_pinned_cpu_buffers",
-        "cuda_graph_modules",
-        "delay_offload_until_cuda_graph",
-        "delta_offload_bytes_across_pp_ranks",
-    },
-}
-
 
 @pytest.mark.megatron
 def test_every_field_of_the_pin_is_in_one_class() -> None:
@@ -43,10 +46,38 @@ def test_every_field_of_the_pin_is_in_one_class() -> None:
         .split()
     )
     assert release in RELEASES
-    known = set.union(*map(set, CLASSES))
-    assert sorted(set(found) - known) == [], "read what these do to rows, tokens, experts and routers; then classify"
-    # What this release does not have, another one has.
-    assert {name for name in known - set(found) if name in ONLY_IN[release]} == set()
+    assert sorted(set(found) - KNOWN) == [], "read what these do to rows, tokens, experts and routers; then classify"
+    assert set(found) == fields_of(release)
+
+
+def test_releases_differ_by_the_fields_that_came_and_went() -> None:
+    sizes = {release: len(fields_of(release)) for release in RELEASES}
+    assert sizes == {"0.16.1": 258, "0.18.0": 295, "0.18.2": 295, "0.19.0": 323, "0.19.1": 323, "0.19.2": 323}
+    assert "moe_extended_tp" in fields_of("0.16.1") - fields_of("0.18.0")
+    assert "moe_router_force_biased" in fields_of("0.18.0") - fields_of("0.16.1")
+    assert "gtp_weight_remat_size" in fields_of("0.19.0") - fields_of("0.18.2")
+
+
+def test_an_option_of_an_unknown_release_is_refused_unless_it_is_at_its_default() -> None:
+    class Config:
+        """Stands for one of a release that is not pinned: a field of Megatron's more, and some of a framework."""
+
+        num_moe_experts: int = 8
+        moe_router_telepathy: bool = False
+        moe_router_friends: list[str] = field(default_factory=list)
+
+    Config.__module__ = "megatron.core.transformer.transformer_config"
+    megatrons = dataclass(Config)
+
+    @dataclass
+    class Provider(megatrons):  # type: ignore[misc, valid-type]
+        frameworks_own: int = 1
+
+    assert list(unknown_options(Provider(frameworks_own=2))) == []
+    assert list(unknown_options(Provider(moe_router_telepathy=True))) == [("moe_router_telepathy", True)]
+    assert list(unknown_options(megatrons(moe_router_friends=["a"]))) == [("moe_router_friends", ["a"])]
+    with pytest.raises(ReplayError, match=r"layer 3: moe_router_telepathy \(True\) is an option of none .* 0\.19\.2"):
+        check_config(Provider(moe_router_telepathy=True), 3)
 
 
 def test_no_field_is_in_two_classes() -> None:
