@@ -152,15 +152,18 @@ class Engine:
         Raises:
             CaptureError: As `replies`.
         """
-        call = self._engine.async_generate(
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        request = GenerateReqInput(
             input_ids=checked_prompt(tokens, **self._limits()),
             sampling_params=checked_params(sampling_params),
             return_logprob=True,
             return_routed_experts=True,
             routed_experts_start_len=start,
-            cache_salt=f"{self.weight_version}/{conversation}",
+            # Older releases have no salt, and Engine.async_generate no argument for this one.
+            extra_key=f"{self.weight_version}/{conversation}",
         )
-        found = await self._result_of(call)
+        found = await self._result_of(anext(self._engine.tokenizer_manager.generate_request(request, None)))
         return found if self._folder is None else fetch_payload(found, self._folder, "request")
 
     def _limits(self) -> Any:
