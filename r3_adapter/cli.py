@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r3_adapter import arguments, patching
+from r3_adapter import arguments, patching, source
 from r3_adapter.errors import LayoutError, PatchError, R3Error
 from r3_adapter.patching import Outcome, State
 from r3_adapter.processes import guarded
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_patch(subparsers: "Subparsers") -> None:
     """Add `r3 patch`."""
-    parser = subparsers.add_parser("patch", help="patch the installed engines, or take the patches back")
+    parser = subparsers.add_parser("patch", help="patch the engines, or take the patches back")
     parser.set_defaults(after="`r3 patch status` says how everything stands")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for name, run, text in (
@@ -50,7 +50,8 @@ def add_patch(subparsers: "Subparsers") -> None:
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("distributions", nargs="*", metavar="DISTRIBUTION", help="default: all installed ones")
         _add_site(verb)
-        verb.set_defaults(run=run)
+        source.add_source(verb, name)
+        verb.set_defaults(run=_installed_or_source(name, run))
     text = "for maintainers: recompute the hashes of a series from a released installation"
     verb = verbs.add_parser("lock", help=text, description=text)
     verb.add_argument("distribution", metavar="DISTRIBUTION")
@@ -132,6 +133,16 @@ COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, ad
 
 def _add_site(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site", type=Path, metavar="DIR", help="site-packages folder (default: this interpreter's)")
+
+
+def _installed_or_source(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Return what runs a verb of `r3 patch` on the installed engines, or on the git tree that --source names."""
+
+    def either(args: argparse.Namespace) -> int:
+        source.check_options(args)
+        return source.run_source(name, args) if args.source else run(args)
+
+    return either
 
 
 def _apply(args: argparse.Namespace) -> int:

@@ -95,7 +95,7 @@ class Repo:
 
     def line(self, *args: str) -> str:
         """Run git; return the line that it prints."""
-        return self.git(*args).decode("utf-8", "surrogateescape").strip("\n")
+        return self.git(*args).decode("utf-8", "surrogateescape").removesuffix("\n")
 
     def says(self, *args: str) -> str | None:
         """Run git; return the line that it prints, None where it says no."""
@@ -190,18 +190,24 @@ def read_tree(repo: Repo, commit: str, paths: Iterable[str]) -> Contents:
     for path, (mode, _) in found.items():
         if mode not in ("100644", "100755"):
             raise PatchError(f"{repo.top}: {path}: not a plain file in {commit[:12]}")
-    said, at = repo.git("cat-file", "--batch", data="".join(f"{blob}\n" for _, blob in found.values()).encode()), 0
-    for path in found:
+    blobs = read_blobs(repo, [blob for _, blob in found.values()])
+    return contents | {path: blobs[blob] for path, (_, blob) in found.items()}
+
+
+def read_blobs(repo: Repo, names: Iterable[str]) -> dict[str, bytes]:
+    """Return the bytes of blobs by their full or abbreviated names, as far as the repository has them."""
+    wanted, blobs, at = list(dict.fromkeys(names)), dict[str, bytes](), 0
+    said = repo.git("cat-file", "--batch", data="".join(f"{name}\n" for name in wanted).encode()) if wanted else b""
+    for name in wanted:
         start = said.index(b"\n", at) + 1
-        end = start + int(said[at:start].split()[2])
-        contents[path], at = said[start:end], end + 1
-    return contents
-
-
-def read_blob(repo: Repo, name: str) -> bytes | None:
-    """Return the bytes of a blob by its full or abbreviated name; None where the repository does not have it."""
-    found = repo.says("rev-parse", "--verify", "--quiet", f"{name}^{{blob}}")
-    return repo.git("cat-file", "blob", found) if found else None
+        head = said[at:start].split()
+        at = start
+        # Otherwise "NAME missing", or "NAME ambiguous".
+        if len(head) == 3:
+            at = start + int(head[2]) + 1
+            if head[1] == b"blob":
+                blobs[name] = said[start : at - 1]
+    return blobs
 
 
 @contextmanager
@@ -218,21 +224,61 @@ class Stack:
 
     def __init__(self, repo: Repo, index: Path, top: str) -> None:
         self.repo, self.index, self.top = repo, index, top
+        self._committer = identity(repo)
 
     def commit(self, files: Mapping[str, bytes | None], message: str, author: Author = NOBODY) -> str:
         """Add a commit that gives files new bytes, None for no file, keeping their modes; return its name."""
         put_in_index(self.repo, files, self.top, self.index)
         tree = self.repo.git("write-tree", index=self.index).decode().strip()
-        self.top = commit_tree(self.repo, tree, message, self.top, author=author)
+        self.top = _commit_tree(self.repo, tree, message, (self.top,), author, self._committer)
         return self.top
 
 
-def commit_tree(repo: Repo, tree: str, message: str, *parents: str, author: Author = NOBODY) -> str:
-    """Make a commit that no branch has yet; return its name.
+def first_commit(repo: Repo, message: str) -> str:
+    """Make a commit without parents of what is in the index; return its name."""
+    return _commit_tree(repo, repo.line("write-tree"), message, (), NOBODY, identity(repo))
 
-    author: the committer where it is NOBODY.
-    """
-    (name, mail), (author_name, author_mail, date) = identity(repo), author
+
+def put_in_index(repo: Repo, files: Mapping[str, bytes | None], commit: str, index: Path | None = None) -> None:
+    """Give files of the index new bytes at once, with the modes that they have in a commit."""
+    known, lines = _entries(repo, commit, files), []
+    names = _write_blobs(repo, [data for data in files.values() if data is not None])
+    for path, data in files.items():
+        mode, name = ("0", "0" * 40) if data is None else (known.get(path, NEW_FILE)[0], names[data])
+        lines.append(f"{mode} {name}\t{path}\0")
+    repo.git("update-index", "-z", "--index-info", data="".join(lines).encode("utf-8", "surrogateescape"), index=index)
+
+
+def merge_file(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
+    """Merge two changes of a file's bytes; None where they are of the same lines."""
+    if base in (ours, theirs):
+        return theirs if ours == base else ours
+    with tempfile.TemporaryDirectory(prefix="r3-patch-") as folder:
+        for name, data in (("ours", ours), ("base", base), ("theirs", theirs)):
+            Path(folder, name).write_bytes(data)
+        ran = _call(Path(folder), _environment(_PLAIN), ("merge-file", "-p", "-q", "ours", "base", "theirs"))
+    if ran.returncode < 0 or ran.returncode > 127:
+        raise PatchError(f"git merge-file: {_last(ran.stderr)}")
+    return None if ran.returncode else ran.stdout
+
+
+def _write_blobs(repo: Repo, contents: Iterable[bytes]) -> dict[bytes, str]:
+    """Put bytes into the repository; return the name of each."""
+    wanted = list(dict.fromkeys(contents))
+    with tempfile.TemporaryDirectory(prefix="r3-patch-") as folder:
+        paths = [Path(folder, str(number)) for number in range(len(wanted))]
+        for path, data in zip(paths, wanted, strict=True):
+            path.write_bytes(data)
+        asked = "".join(f"{path}\n" for path in paths).encode("utf-8", "surrogateescape")
+        names = repo.git("hash-object", "-w", "--no-filters", "--stdin-paths", data=asked) if wanted else b""
+    return dict(zip(wanted, names.decode().split(), strict=True))
+
+
+def _commit_tree(
+    repo: Repo, tree: str, message: str, parents: Sequence[str], author: Author, committer: tuple[str, str]
+) -> str:
+    """Make a commit that no branch has yet; its author is the committer as far as it is not given."""
+    (name, mail), (author_name, author_mail, date) = committer, author
     who = {
         "GIT_AUTHOR_NAME": author_name or name,
         "GIT_AUTHOR_EMAIL": author_mail or mail,
@@ -243,29 +289,6 @@ def commit_tree(repo: Repo, tree: str, message: str, *parents: str, author: Auth
     named = [option for parent in parents for option in ("-p", parent)]
     made = _run(repo.top, {**repo.env, **who}, "commit-tree", tree, *named, "-F", "-", data=message.encode())
     return made.decode().strip()
-
-
-def put_in_index(repo: Repo, files: Mapping[str, bytes | None], commit: str, index: Path | None = None) -> None:
-    """Give files of the index new bytes at once, with the modes that they have in a commit."""
-    known, lines = _entries(repo, commit, files), []
-    for path, data in files.items():
-        if data is None:
-            lines.append(f"0 {'0' * 40}\t{path}\0")
-        else:
-            blob = repo.git("hash-object", "-w", "--stdin", "--no-filters", data=data).decode().strip()
-            lines.append(f"{known.get(path, NEW_FILE)[0]} {blob}\t{path}\0")
-    repo.git("update-index", "-z", "--index-info", data="".join(lines).encode("utf-8", "surrogateescape"), index=index)
-
-
-def merge_file(ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
-    """Merge two changes of a file's bytes; None where they are of the same lines."""
-    with tempfile.TemporaryDirectory(prefix="r3-patch-") as folder:
-        for name, data in (("ours", ours), ("base", base), ("theirs", theirs)):
-            Path(folder, name).write_bytes(data)
-        ran = _call(Path(folder), _environment(_PLAIN), ("merge-file", "-p", "-q", "ours", "base", "theirs"))
-    if ran.returncode < 0 or ran.returncode > 127:
-        raise PatchError(f"git merge-file: {_last(ran.stderr)}")
-    return None if ran.returncode else ran.stdout
 
 
 def _entries(repo: Repo, commit: str, paths: Iterable[str]) -> dict[str, tuple[str, str]]:

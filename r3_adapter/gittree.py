@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from r3_adapter.errors import PatchError
-from r3_adapter.git import Repo, Stack, commit_tree, commits_on, init_repo, open_repo, read_tree
+from r3_adapter.git import Repo, Stack, commits_on, first_commit, init_repo, open_repo, read_tree
 from r3_adapter.patchfile import Patch
 from r3_adapter.release import release_files
 from r3_adapter.series import Series, patches_root, read_lock, read_patches
@@ -33,9 +33,7 @@ def tree_of_release(distribution: str, version: str, folder: Path, *, root: Path
         target.write_bytes(data or b"")
     repo = init_repo(folder)
     repo.git("add", "--all", "--force")
-    tree = repo.line("write-tree")
-    first = commit_tree(repo, tree, f"{distribution} {version} as released\n")
-    repo.git("update-ref", "HEAD", first)
+    repo.git("update-ref", "HEAD", first_commit(repo, f"{distribution} {version} as released\n"))
     return repo
 
 

@@ -10,16 +10,19 @@ from pathlib import Path
 
 from r3_adapter import installed
 from r3_adapter.errors import PatchError
-from r3_adapter.git import Repo, read_blob
+from r3_adapter.git import Repo, read_blobs
 from r3_adapter.patchfile import Patch
 from r3_adapter.patching import released
 from r3_adapter.series import ABSENT, Contents, Series, digest, load_series
 
 
-def base_of(series: Series, patches: Sequence[Patch], repo: Repo | None = None) -> tuple[Contents, str]:
+def base_of(
+    series: Series, patches: Sequence[Patch], repo: Repo | None = None, *, download: bool = True
+) -> tuple[Contents, str]:
     """Return the released bytes of the files that patches change, by upstream path, and why some are not to be had.
 
-    Each is known by the lock's hash, wherever it comes from: the repository's objects, what is installed, pip.
+    Each is known by the lock's hash, wherever it comes from: the repository's objects, what is installed, pip if it is
+    to download.
     """
     wanted = {series.prefix + path: pin.before for path, pin in series.files.items() if pin.before != ABSENT}
     base: Contents = {}
@@ -29,10 +32,11 @@ def base_of(series: Series, patches: Sequence[Patch], repo: Repo | None = None) 
 
     if repo:
         names = {diff.path: diff.blob for patch in reversed(patches) for diff in patch.diffs}
-        keep({path: read_blob(repo, names[path]) for path in wanted if names.get(path)})
+        blobs = read_blobs(repo, filter(None, names.values()))
+        keep({path: blobs.get(names.get(path, "")) for path in wanted})
     if base.keys() < wanted.keys():
         keep({series.prefix + path: data for path, data in _installed_files(series).items()})
-    if base.keys() < wanted.keys():
+    if download and base.keys() < wanted.keys():
         try:
             keep(release_files(series.distribution, series.version, series.prefix, series.package))
         except PatchError as error:

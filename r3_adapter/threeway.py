@@ -202,7 +202,9 @@ def _at_its_context(ours: bytes, hunk: Hunk) -> tuple[bytes | None, str]:
     if places:
         return None, f"its lines are in {len(places)} places: lines {', '.join(str(place + 1) for place in places)}"
     missing = sum(line not in lines for line in hunk.old)
-    return None, f"{missing} of its {len(hunk.old)} old lines are not in the file, or not next to each other"
+    if missing:
+        return None, f"{missing} of its {len(hunk.old)} old lines are not in the file"
+    return None, f"its {len(hunk.old)} old lines are in the file, but not next to each other"
 
 
 def _places(lines: Sequence[bytes], wanted: Sequence[bytes]) -> list[int]:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from r3_adapter import patching
+from r3_adapter.git import Repo, init_repo
 from r3_adapter.patching import State
 from r3_adapter.series import Series, load_series
 
@@ -117,6 +118,23 @@ def make_world(folder: Path, diff_trees: DiffTrees) -> World:
     patching.lock("alpha", "1.0", site=world.site, root=world.root)
     patching.lock("Beta", "2.0", site=world.site, root=world.root)
     return world
+
+
+def make_tree(folder: Path, files: Mapping[str, bytes], inside: str = "") -> Repo:
+    """Return a git tree of alpha's source, with what makes it known as that, and a file of nobody's interest."""
+    repo = init_repo(folder)
+    more = {"alpha/core/__init__.py": b"", "alpha/core/version.py": b'__version__ = "1.0"\n', "setup.py": b"pass\n"}
+    commit_files(repo, {inside + path: data for path, data in {**files, **more}.items()}, "as released")
+    return repo
+
+
+def commit_files(repo: Repo, files: Mapping[str, bytes], message: str) -> None:
+    """Commit as a user does, on what is checked out."""
+    for path, data in files.items():
+        (repo.top / path).parent.mkdir(parents=True, exist_ok=True)
+        (repo.top / path).write_bytes(data)
+    repo.git("add", "--all")
+    repo.git("-c", "user.name=Ann", "-c", "user.email=ann@home.example", "commit", "--quiet", "-m", message)
 
 
 def other_series(world: World, root: Path) -> World:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.errors import PatchError
-from r3_adapter.git import IDENTITY, Repo, check_quiet, commit_tree, identity, init_repo, open_repo, read_tree
+from r3_adapter.git import IDENTITY, Repo, check_quiet, commits_on, first_commit, identity, init_repo, open_repo, read_tree
 from r3_adapter.gittree import apply_three_way, tree_of_release
 from r3_adapter.installed import State
 from r3_adapter.patching import status
@@ -19,8 +19,13 @@ def a_repo(folder: Path) -> Repo:
     repo = init_repo(folder)
     (folder / "a.py").write_text("a = 1\n")
     repo.git("add", "a.py")
-    repo.git("update-ref", "HEAD", commit_tree(repo, repo.line("write-tree"), "first\n"))
+    repo.git("update-ref", "HEAD", first_commit(repo, "first\n"))
     return repo
+
+
+def commit(repo: Repo, files: dict[str, bytes], message: str) -> str:
+    with commits_on(repo, repo.head) as stack:
+        return stack.commit(files, message)
 
 
 @pytest.mark.megatron
@@ -57,9 +62,8 @@ def test_the_series_is_commits_on_the_release(tmp_path: Path) -> None:
 
 def test_nothing_that_a_repository_configures_is_run(tmp_path: Path) -> None:
     repo, trap = a_repo(tmp_path / "a repo"), tmp_path / "sprung"
-    (repo.top / ".gitattributes").write_text("* filter=x=y merge=x diff=x\n")
-    repo.git("add", ".gitattributes")
-    repo.git("update-ref", "HEAD", commit_tree(repo, repo.line("write-tree"), "second\n", repo.head))
+    repo.git("update-ref", "HEAD", commit(repo, {".gitattributes": b"* filter=x=y merge=x diff=x\n"}, "second\n"))
+    repo.git("reset", "--hard", "--quiet")
     spring = f"touch '{trap}'; cat"
     for key in ("core.fsmonitor", "filter.x=y.clean", "filter.x=y.smudge", "merge.x.driver", "diff.x.textconv"):
         repo.git("config", key, spring)
@@ -72,7 +76,7 @@ def test_nothing_that_a_repository_configures_is_run(tmp_path: Path) -> None:
     repo = open_repo(repo.top)
     os.utime(repo.top / "a.py", (1, 1))
     check_quiet(repo)
-    repo.git("update-ref", "HEAD", commit_tree(repo, repo.line("write-tree"), "third\n", repo.head))
+    repo.git("update-ref", "HEAD", commit(repo, {"b.py": b"b = 1\n"}, "third\n"))
     repo.git("read-tree", "-m", "-u", "HEAD~1", "HEAD")
     assert not trap.exists()
     # The trap does work.
@@ -107,7 +111,7 @@ def test_the_identity_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     repo.git("config", "user.email", "ann@work.example")
     assert identity(repo) == ("Ann O'Nym", "ann@work.example")
     monkeypatch.setenv("GIT_COMMITTER_NAME", "Bo")
-    made = commit_tree(repo, repo.line("rev-parse", "HEAD^{tree}"), "x\n", repo.head)
+    made = commit(repo, {"b.py": b"b = 1\n"}, "x\n")
     assert repo.line("log", "-1", "--format=%an <%ae> %cn <%ce>", made) == "Bo <ann@work.example> Bo <ann@work.example>"
 
 
