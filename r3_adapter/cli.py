@@ -18,6 +18,7 @@ from r3_adapter import arguments, patching, source
 from r3_adapter.errors import LayoutError, PatchError, R3Error
 from r3_adapter.patching import Outcome, State
 from r3_adapter.processes import guarded
+from r3_adapter.rebase.command import add_arguments
 from r3_adapter.signals import AFTER, run_command
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def add_patch(subparsers: "Subparsers") -> None:
     verb.add_argument("version", metavar="VERSION")
     _add_site(verb)
     verb.set_defaults(run=_lock)
+    text = "for maintainers: bring a series to another release, and say what conflicts or breaks"
+    verb = verbs.add_parser("rebase", help=text, description=text)
+    add_arguments(verb)
 
 
 def add_prove(subparsers: "Subparsers") -> None:

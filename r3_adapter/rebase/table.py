@@ -1,0 +1,77 @@
+"""The table of versions in patches/README.md, and the pins in its table of patches."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from packaging.version import Version
+
+from r3_adapter.errors import PatchError
+
+START, END = "<!-- versions: written by `r3 patch rebase` -->", "<!-- end of versions -->"
+_HEAD = "| Distribution | Version | State | Tests of the series | Looked at |\n| --- | --- | --- | --- | --- |\n"
+_COLUMNS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a series on a release: pinned, clean, conflicts or breaks; what tests said; the day."""
+
+    distribution: str
+    version: str
+    state: str
+    tests: str
+    day: str
+
+    def __str__(self) -> str:
+        """Return the row as it is in the table."""
+        return f"| {' | '.join(astuple(self))} |"
+
+
+def put_row(readme: Path, row: Row) -> None:
+    """Put a row in the table of versions, in place of what it said of this release.
+
+    Raises:
+        PatchError: The file has no such table.
+    """
+    before, rows, after = _split(readme)
+    kept = [other for other in rows if (other.distribution, other.version) != (row.distribution, row.version)]
+    ordered = sorted([*kept, row], key=lambda each: (each.distribution, Version(each.version)))
+    lines = "".join(f"{each}\n" for each in ordered)
+    readme.write_text(f"{before}{START}\n{_HEAD}{lines}{END}{after}", encoding="utf-8", newline="\n")
+
+
+def add_pins(readme: Path, distribution: str, version: str, patches: Iterable[str]) -> list[str]:
+    """Name a version in the rows of patches that it has; return the patches that have no row."""
+    text = readme.read_text(encoding="utf-8")
+    missing = []
+    for name in patches:
+        head = f"| {distribution} `{name}` | "
+        found = re.search(rf"^{re.escape(head)}([^|]*) \|", text, re.MULTILINE)
+        if not found:
+            missing.append(name)
+        elif version not in re.split(r"[,:\s]+", found[1]):
+            text = text.replace(found[0], f"{head}{found[1]}, {version} |")
+    readme.write_text(text, encoding="utf-8", newline="\n")
+    return missing
+
+
+def rows(readme: Path) -> list[Row]:
+    """Return the rows of the table of versions."""
+    return _split(readme)[1]
+
+
+def _split(readme: Path) -> tuple[str, list[Row], str]:
+    text = readme.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    table, end, after = rest.partition(END)
+    if not (start and end):
+        raise PatchError(f"{readme}: has no lines {START!r} and {END!r}")
+    found = []
+    for line in table.strip().splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) != _COLUMNS:
+            raise PatchError(f"{readme}: {line!r} has {len(cells)} columns != {_COLUMNS}")
+        found.append(Row(*cells))
+    return before, found, after
