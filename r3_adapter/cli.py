@@ -76,6 +76,12 @@ def add_prove(subparsers: "Subparsers") -> None:
     parser.add_argument("--recompute", choices=("none", "full", "moe"), default="none")
     parser.add_argument("--qkv-format", choices=("sbhd", "thd"), default="sbhd", help="padded batch, or packed")
     parser.add_argument("--distributed-optimizer", action="store_true")
+    parser.add_argument(
+        "--dispatch-plan",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="exchange token counts once a step, and not in each MoE layer; default: on",
+    )
     parser.add_argument("--pipeline-model-parallel-layout", metavar="LAYOUT", help='as Megatron has it: "Ett|tttttt|L"')
     parser.add_argument("--seed", type=arguments.whole(0, arguments.LARGEST_SEED), default=0)
     parser.add_argument("--group", type=count, default=1, metavar="N", help="samples of each prompt, in one batch")
@@ -208,6 +214,7 @@ def _prove(args: argparse.Namespace) -> int:
         recompute=args.recompute,
         qkv_format=args.qkv_format,
         distributed_optimizer=args.distributed_optimizer,
+        dispatch_plan=args.dispatch_plan,
         pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
     )
     scene = Scene(group=args.group, retract=args.retract, turns=args.turns)

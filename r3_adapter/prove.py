@@ -50,6 +50,10 @@ class Verdict:
 
     rows_replayed: in a forward pass, as for old log-probabilities; rows_trained: in the training step after it, where a
         row counts if the recomputation, too, replays it. max_abs_dlogp_replay is the larger one of both passes.
+    collectives_per_moe_layer: that a rank enters in a forward pass of a MoE layer, on average, by pass.
+    count_exchanges: all-gathers of token counts in MoE layers on all ranks, recomputation included, by pass.
+    why_not_planned: by pass, why the dispatch of micro-batches was not planned from their routes, and so may exchange
+        counts; no entry where all were planned.
     """
 
     layout: Mapping[str, Any]
@@ -60,6 +64,9 @@ class Verdict:
     rows_trained: int
     max_abs_dlogp_replay: float
     max_abs_dlogp_live: float
+    collectives_per_moe_layer: Mapping[str, float]
+    count_exchanges: Mapping[str, int]
+    why_not_planned: Mapping[str, str]
 
     @property
     def failures(self) -> list[str]:
@@ -78,6 +85,10 @@ class Verdict:
                 self.rows_trained == self.rows_expected
             ),
         }
+        for name in ("replay", "train"):
+            exchanges = self.count_exchanges[name]
+            text = f"{exchanges} exchanges of token counts in pass {name!r} != 0, and all of it was planned"
+            checks[text] = exchanges == 0 or name in self.why_not_planned
         return [text for text, good in checks.items() if not good]
 
     @property
@@ -224,6 +235,13 @@ def judge(
         rows_trained=scores["train"].rows_equal // (1 if options.recompute == "none" else 2),
         max_abs_dlogp_replay=max(worst["replay"], worst["train"]),
         max_abs_dlogp_live=worst["live"],
+        collectives_per_moe_layer={name: round(found.collectives_per_moe_layer, 3) for name, found in scores.items()},
+        count_exchanges={name: found.collectives["count_exchanges"] for name, found in scores.items()},
+        why_not_planned={
+            name: next(iter(found.why_not_planned.values()))
+            for name, found in scores.items()
+            if found.why_not_planned and name != "live"
+        },
     )
 
 

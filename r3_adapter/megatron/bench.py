@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         start = time.perf_counter()
         routes = None
         if name == "replay":
-            routes = prepare_step(chunks, inputs, arena=arena)
+            routes = prepare_step(chunks, inputs, arena=arena, plan=options.dispatch_plan)
             seconds["prepare"].append(time.perf_counter() - start)
         training_step(chunks, optimizer, batches, routes)
         torch.distributed.barrier()

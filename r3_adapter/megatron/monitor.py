@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.dispatch import Plan
 from r3_adapter.megatron.replay import ReplayBatch, moe_routers
 
 
@@ -97,7 +98,11 @@ class RouterMonitor:
 
         routes: by model chunk and micro-batch, all of which have been through.
         """
-        return [[replace(each, routed_experts=self._stacked(each)) for each in chunk] for chunk in routes]
+        # Other experts than those that were counted.
+        unplanned = Plan(None, "routes recorded in the trainer")
+        return [
+            [replace(each, routed_experts=self._stacked(each), plan=unplanned) for each in chunk] for chunk in routes
+        ]
 
     def _stacked(self, batch: ReplayBatch) -> torch.Tensor:
         if not len(batch.routed_experts):

@@ -237,6 +237,7 @@ class PolicyTrainer:
             staleness=self.options.staleness if replaying else "keep",
             layout=self.layout,
             arena=self._arena,
+            plan=replaying and self.options.trainer.dispatch_plan,
         )
         if self.layout.coords(self.rank).pp_rank == 0:
             first = [batch.routes for batch in routes[0]]

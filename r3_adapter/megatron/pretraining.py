@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from r3_adapter.errors import ReplayError, check_choice
+from r3_adapter.megatron.agreement import agreed_step
 from r3_adapter.megatron.batches import MicroBatch
-from r3_adapter.megatron.replay import ReplayBatch, Staleness, agreed, prepare
+from r3_adapter.megatron.replay import ReplayBatch, Staleness, check_dispatch, prepare, step_terms, with_plans
 from r3_adapter.rollout import Sample
 
 ROW_KINDS = ("replayed", "live", "padding", "stale")
@@ -43,7 +44,7 @@ class PreparedBatch:
     @property
     def model_arguments(self) -> dict[str, torch.Tensor]:
         """Return the arguments of GPTModel.forward that replay adds."""
-        return {} if self.replay is None else {"routed_experts": self.replay.routed_experts}
+        return {} if self.replay is None else self.replay.model_arguments
 
     @property
     def rollout_logprobs(self) -> torch.Tensor:
@@ -83,7 +84,8 @@ def prepared(
     weight_version, staleness: as for `prepare`.
 
     Raises:
-        R3Error: On every rank, what the ranks that refuse have said; no pass has begun then.
+        R3Error: On every rank, what the ranks that refuse have said; no pass has begun then. Or, after the passes and
+            before the optimizer's step, that tokens were sent by a plan that was not theirs.
     """
     check_choice("staleness", staleness, Staleness, ReplayError)
 
@@ -91,14 +93,20 @@ def prepared(
         chunks = list(model) if isinstance(model, list) else [model]
         # With VPP each chunk has an iterator over the same samples; one is enough, and only that one is advanced.
         samples = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-        steps = agreed(lambda: _prepare_all(chunks, samples, num_microbatches))
-        iterators = [iter(step) for step in (_with_rows(steps) if replay else steps)]
-        return schedule(
+        steps, why_not = agreed_step(
+            lambda: _prepare_all(chunks, samples, num_microbatches),
+            lambda steps: step_terms(chunks, num_microbatches, plan=replay),
+        )
+        iterators = [iter(step) for step in (_with_rows(_with_plans(chunks, steps, why_not)) if replay else steps)]
+        output = schedule(
             data_iterator=iterators if isinstance(model, list) and len(chunks) > 1 else iterators[0],
             model=model,
             num_microbatches=num_microbatches,
             **arguments,
         )
+        if replay:
+            check_dispatch(chunks)
+        return output
 
     def _prepare_all(
         chunks: Sequence[torch.nn.Module], samples: Iterator[list[Sample]], num_microbatches: int
@@ -125,6 +133,18 @@ def prepared(
         return steps
 
     return run
+
+
+def _with_plans(
+    chunks: Sequence[torch.nn.Module], steps: list[list[PreparedBatch]], why_not: str
+) -> list[list[PreparedBatch]]:
+    """Plan the dispatch of a step, if all ranks would. steps: with routes."""
+    routes = [[each.replay for each in step if each.replay is not None] for step in steps]
+    planned = with_plans(chunks, routes, why_not)
+    return [
+        [replace(each, replay=replay) for each, replay in zip(step, theirs, strict=True)]
+        for step, theirs in zip(steps, planned, strict=True)
+    ]
 
 
 def _with_rows(steps: list[list[PreparedBatch]]) -> list[list[PreparedBatch]]:

@@ -3,9 +3,9 @@
 T: tokens of this rank; M: MoE layers of the chunk; K: experts a token; E: experts of a layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +14,13 @@ import torch
 from r3_adapter.arena import Arena
 from r3_adapter.errors import R3Error, ReplayError, TraceError, check_choice
 from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.megatron.agreement import NOT_ASKED, Terms, agreed, agreed_step, own_rank
 from r3_adapter.megatron.checks import check_layout, check_model
+from r3_adapter.megatron.dispatch import COUNTS, UNPLANNED, Plan, check_astray, plan_step, why_not_planned
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
 from r3_adapter.megatron.reach import check_reach
 from r3_adapter.repack import LIVE, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
-
-_MESSAGE_BYTES = 1024
-_CUT = b" ..."
-_Made = TypeVar("_Made")
 
 Staleness = Literal["refuse", "live", "keep"]
 """What to do with rows that other weights computed: raise, route them live, or replay them all the same."""
@@ -36,11 +34,25 @@ class ReplayBatch:
         the routers that no row is and that they need no top-k. GPTModel.forward takes it as the argument of that name.
     routes: the same on the host, with the kind and the weight version of each row.
     num_stale: rows of `routes` that other weights computed, replayed or live as the policy says.
+    plan: the tokens that each rank sends to each expert; GPTModel.forward takes its counts as `routed_expert_counts`,
+        and its MoE layers then exchange none. If it is handed on, all ranks of an expert group must do so.
     """
 
     routed_experts: torch.Tensor
     routes: RankRoutes
     num_stale: int
+    plan: Plan = UNPLANNED
+
+    @property
+    def routed_expert_counts(self) -> torch.Tensor | None:
+        """[M, G, E] int32 on the host, G ranks of the expert group; None without a plan, for reasons of `plan`."""
+        return self.plan.counts
+
+    @property
+    def model_arguments(self) -> dict[str, torch.Tensor]:
+        """Return the arguments of GPTModel.forward that replay adds."""
+        arguments = {"routed_experts": self.routed_experts}
+        return arguments if self.plan.counts is None else {**arguments, COUNTS: self.plan.counts}
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ def prepare_step(
     staleness: Staleness = "refuse",
     layout: ParallelLayout | None = None,
     arena: Arena | None = None,
+    plan: bool = True,
 ) -> list[list[ReplayBatch]]:
     """Check and cut the routes of a whole step, and agree with all other ranks that it can go on.
 
@@ -69,17 +82,20 @@ def prepare_step(
     chunks: this rank's model chunks; more than one with VPP.
     micro_batches: of this rank, in the order in which the schedule takes them.
     weight_version, staleness, arena: as for `prepare`.
+    plan: exchange token counts, so that MoE layers need not; where that cannot be, each batch's plan says why.
 
     Returns:
         For each chunk the batches of its micro-batches.
 
     Raises:
-        R3Error: On every rank, what the ranks that refuse have said.
+        R3Error: On every rank, what the ranks that refuse have said; also of the step before, if a rank's tokens were
+            sent by a plan that was not theirs, and `check_dispatch` was not called.
     """
 
     def make() -> list[list[ReplayBatch]]:
         check_choice("staleness", staleness, Staleness, ReplayError)
         _check_step(chunks, micro_batches)
+        check_astray([dict(moe_layers(chunk)) for chunk in chunks])
         return [
             [
                 prepare(
@@ -98,7 +114,46 @@ def prepare_step(
             for chunk in chunks
         ]
 
-    return agreed(make)
+    steps, why_not = agreed_step(make, lambda steps: step_terms(chunks, len(steps[0]), plan))
+    return with_plans(chunks, steps, why_not)
+
+
+def step_terms(chunks: Sequence[torch.nn.Module], num_micro_batches: int, plan: bool) -> Terms:
+    """Return the terms of a step. plan: whether its dispatch is to be planned, where it can be."""
+    from megatron.core import parallel_state as ps
+
+    shared = ps.get_expert_tensor_and_model_parallel_world_size() > 1
+    reasons = [why_not_planned(unwrapped(chunk), dict(moe_layers(chunk))) for chunk in chunks] if plan else []
+    why_not = next(filter(None, reasons), "") if plan else NOT_ASKED
+    return Terms(num_micro_batches if shared else 0, why_not)
+
+
+def with_plans(
+    chunks: Sequence[torch.nn.Module], steps: list[list[ReplayBatch]], why_not: str
+) -> list[list[ReplayBatch]]:
+    """Return the batches of a step with their plans; every rank must call it, once all have agreed.
+
+    why_not: as `agreed_step` has returned it.
+    """
+    if why_not:
+        return [[replace(batch, plan=Plan(None, why_not)) for batch in step] for step in steps]
+    layers = [dict(moe_layers(chunk)) for chunk in chunks]
+    plans = plan_step(layers, [[batch.routes for batch in step] for step in steps])
+    return [
+        [replace(batch, plan=each) for batch, each in zip(step, theirs, strict=True)]
+        for step, theirs in zip(steps, plans, strict=True)
+    ]
+
+
+def check_dispatch(chunks: Sequence[torch.nn.Module]) -> None:
+    """Refuse to go on if a rank's tokens were sent by a plan that was not theirs; every rank must call it.
+
+    Call it after a pass, before the optimizer's step: it waits for the device. `prepare_step` makes up for it if not.
+
+    Raises:
+        ReplayError: On every rank; names the ranks and layers.
+    """
+    agreed(lambda: check_astray([dict(moe_layers(chunk)) for chunk in chunks]))
 
 
 def _check_step(chunks: object, micro_batches: object) -> None:
@@ -109,78 +164,6 @@ def _check_step(chunks: object, micro_batches: object) -> None:
     for index, each in enumerate(cast(Sequence[object], micro_batches)):
         if not isinstance(each, StepInput):
             raise ReplayError(f"micro-batch {index}: a {type(each).__name__} is not a StepInput")
-
-
-def agreed(make: Callable[[], _Made]) -> _Made:
-    """Return what `make` makes, or raise on all ranks if it raises on one; every rank must call it.
-
-    Raises:
-        ReplayError: Names each rank whose `make` has raised, and what. A rank that was interrupted raises that instead,
-            once the others have heard of it.
-    """
-    problem, cause, made = "", None, None
-    try:
-        made = make()
-    except BaseException as error:  # Whatever it is, the other ranks must hear of it.
-        problem, cause = _told(error), error
-    try:
-        agree(problem)
-    except ReplayError as told:
-        if cause is not None and not isinstance(cause, Exception):
-            raise cause from told
-        raise told from cause
-    return cast(_Made, made)
-
-
-def agree(problem: str) -> None:
-    """Raise on all ranks if one of them has a problem; every rank must call it. An empty string is none.
-
-    Without a problem this is one all-reduce of a number.
-
-    Raises:
-        ReplayError: Names each rank with a problem, and what it said.
-    """
-    _rank()
-    device = torch.device("cpu") if torch.distributed.get_backend() == "gloo" else torch.cuda.current_device()
-    # All that can fail comes before the first collective: a rank that fails between two leaves the others waiting.
-    own = torch.tensor(list(_message(problem)), dtype=torch.uint8, device=device)
-    flag = torch.tensor([bool(problem)], dtype=torch.int32, device=device)
-    everybody = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())] if problem else []
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    if not flag.item():
-        return
-    everybody = everybody or [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everybody, own)
-    said = [bytes(found.tolist()).rstrip(b"\0").decode(errors="replace") for found in everybody]
-    raise ReplayError("; ".join(f"rank {rank}: {message}" for rank, message in enumerate(said) if message))
-
-
-def _message(problem: str) -> bytes:
-    """Return a problem's bytes, padded with 0; what has no place in them is escaped, what is too long is cut."""
-    text = problem.replace("\0", "\\0").encode(errors="backslashreplace")
-    if len(text) > _MESSAGE_BYTES:
-        # Not in the middle of a character.
-        text = text[: _MESSAGE_BYTES - len(_CUT)].decode(errors="ignore").encode() + _CUT
-    return text.ljust(_MESSAGE_BYTES, b"\0")
-
-
-def _told(error: BaseException) -> str:
-    """Return an error's type and message; an error may fail to say its own."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except BaseException as other:
-        return f"{type(error).__name__}, whose message raised {type(other).__name__}"
-
-
-def _rank() -> int:
-    """Return this process's rank.
-
-    Raises:
-        ReplayError: There is no process group.
-    """
-    if not torch.distributed.is_initialized():
-        raise ReplayError("no process group: replay needs torch.distributed.init_process_group, also on one rank")
-    return torch.distributed.get_rank()
 
 
 def current_layout() -> ParallelLayout:
@@ -207,7 +190,12 @@ def unwrapped(chunk: torch.nn.Module) -> Any:
 
 
 def moe_routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
-    """Yield the global decoder layer (from 0) and the router of each MoE layer of a GPTModel, wrapped or not.
+    """Yield the global decoder layer and the router of each of `moe_layers`."""
+    return ((layer_id, layer.router) for layer_id, layer in moe_layers(chunk))
+
+
+def moe_layers(chunk: torch.nn.Module) -> Iterator[tuple[int, Any]]:
+    """Yield the global decoder layer (from 0) and the MoELayer of each MoE layer of a GPTModel, wrapped or not.
 
     Layers of multi-token prediction are not among them: routers there see no route.
 
@@ -220,7 +208,7 @@ def moe_routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]
         raise ReplayError(f"a {type(model).__name__} has no decoder layers: give prepare a GPTModel, wrapped or not")
     for layer in layers:
         if layer.is_moe_layer:
-            yield layer.layer_number - 1, layer.mlp.router
+            yield layer.layer_number - 1, layer.mlp
 
 
 def prepare(
@@ -257,7 +245,7 @@ def prepare(
     """
     check_choice("staleness", staleness, Staleness, ReplayError)
     check_inputs(traces, tokens, packing, weight_version)
-    rank, layout = _rank(), layout or current_layout()
+    rank, layout = own_rank(), layout or current_layout()
     check_layout(layout)
     routers = dict(moe_routers(chunk))
     model = unwrapped(chunk)

@@ -20,6 +20,7 @@ class TrainerOptions:
     """How the trainer runs, apart from its layout.
 
     micro_batch_size: samples in a forward pass of a data-parallel rank.
+    dispatch_plan: exchange token counts once a step, where all rows have routes, and not in each MoE layer.
     distributed_optimizer: share the optimizer's state out over data-parallel ranks.
     pipeline_model_parallel_layout: Megatron's string that says which layers each stage and chunk has.
     megatron_arguments: more fields of TransformerConfig, which win over what the checkpoint and these options say.
@@ -33,6 +34,7 @@ class TrainerOptions:
     qkv_format: QkvFormat = "sbhd"
     micro_batch_size: int = 2
     distributed_optimizer: bool = False
+    dispatch_plan: bool = True
     pipeline_model_parallel_layout: str | None = None
     megatron_arguments: Mapping[str, Any] = field(default_factory=dict)
 

@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import MicroBatch, micro_batches
+from r3_adapter.megatron.collectives import counted
 from r3_adapter.megatron.model import build_model, build_optimizer, initialize
 from r3_adapter.megatron.monitor import RouterMonitor
 from r3_adapter.megatron.replay import StepInput, prepare_step
 from r3_adapter.megatron.request import ScoreRequest, TrainerOptions
-from r3_adapter.megatron.step import forward, training_step
+from r3_adapter.megatron.step import Routes, forward, training_step
 from r3_adapter.rollout import Sample, load_samples
 
 Found = dict[int, np.ndarray[Any, Any]]
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     for name in request.passes:
         with (out / f"progress.{name}.{rank}").open("ab", buffering=0) as bar:
             step = partial(bar.write, b"." * options.micro_batch_size if first_of_tp else b"")
-            figures, logprobs = _run(name, chunks, optimizer, samples, batches, step)
+            figures, logprobs = _run(name, options, chunks, optimizer, samples, batches, step)
         (out / f"{name}.{rank}.json").write_text(json.dumps(figures), encoding="utf-8")
         if logprobs and first_of_tp:
             save_file({str(i): value for i, value in logprobs.items()}, out / f"{name}.{rank}.safetensors")
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(
     name: str,
+    options: TrainerOptions,
     chunks: list[torch.nn.Module],
     optimizer: Any,
     samples: Sequence[Sample],
@@ -64,10 +66,11 @@ def _run(
     progress: Callable[[], object],
 ) -> tuple[dict[str, Any], Found]:
     """Make one pass; return its figures, and [R] log-probabilities by sample, NaN where another rank has them."""
-    routes = prepare_step(chunks, [StepInput(each.traces, each.tokens, each.packing) for each in batches])
+    inputs = [StepInput(each.traces, each.tokens, each.packing) for each in batches]
+    routes = prepare_step(chunks, inputs, plan=options.dispatch_plan)
     found: Found = {}
     monitor, keep = RouterMonitor(), partial(_keep, found, samples, progress)
-    with monitor.watch(chunks):
+    with monitor.watch(chunks), counted(chunks) as collectives:
         if name == "train":
             grad_norm = training_step(chunks, optimizer, batches, routes, expect=monitor.expect, keep=keep)
         else:
@@ -78,7 +81,13 @@ def _run(
     for equal in monitor.tokens.values():
         tokens["rows"] += len(equal)
         tokens["rows_equal"] += int(equal.sum())
-    return {"layers": layers, "tokens": tokens, "grad_norm": grad_norm}, found
+    figures = {"layers": layers, "tokens": tokens, "grad_norm": grad_norm, "collectives": asdict(collectives)}
+    return {**figures, "why_not_planned": _why_not_planned(routes)}, found
+
+
+def _why_not_planned(routes: Routes) -> str:
+    """Return the first reason why a micro-batch has no plan; empty if all have one."""
+    return next((each.plan.why_not for step in routes for each in step if each.plan.why_not), "")
 
 
 def _keep(

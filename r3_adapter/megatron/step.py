@@ -8,7 +8,7 @@ import torch
 
 from r3_adapter.megatron.batches import MicroBatch
 from r3_adapter.megatron.reach import routed_live
-from r3_adapter.megatron.replay import ReplayBatch
+from r3_adapter.megatron.replay import ReplayBatch, check_dispatch
 from r3_adapter.megatron.temperature import scored_at
 
 Routes = Sequence[Sequence[ReplayBatch]]
@@ -78,7 +78,7 @@ def _run(
         if replay is not None:
             expect(replay)
             if not live:
-                arguments["routed_experts"] = replay.routed_experts
+                arguments = replay.model_arguments
         with scored_at(model, batch):
             output = model(
                 batch.tokens,
@@ -111,3 +111,5 @@ def _run(
             forward_only=objective is None,
             collect_non_loss_data=objective is None,
         )
+    if not live:
+        check_dispatch(chunks)

@@ -32,12 +32,21 @@ class Scores:
         are the route's), ids, ids_equal, summed over ranks. Recomputed rows count again.
     tokens: the tokens that have a route, and those of which all rows on the rank are the route's, summed over ranks.
     grad_norm: of the training pass, before clipping.
+    collectives: as r3_adapter.megatron.collectives counts them, summed over ranks.
+    why_not_planned: why a micro-batch's dispatch was not planned from its routes, by rank; no entry where all were.
     """
 
     logprobs: list[npt.NDArray[np.float32]]
     layers: dict[int, Mapping[str, int]]
     tokens: Mapping[str, int]
     grad_norm: float | None
+    collectives: Mapping[str, int]
+    why_not_planned: Mapping[int, str]
+
+    @property
+    def collectives_per_moe_layer(self) -> float:
+        """Collectives that a rank enters in a forward pass of a MoE layer."""
+        return self.collectives["in_layers"] / max(1, self.collectives["layers"])
 
     @property
     def rows_equal(self) -> int:
@@ -100,12 +109,15 @@ def score(
 
 def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
     layers: dict[int, Counter[str]] = {}
-    tokens = Counter[str]()
-    grad_norms = set()
+    tokens, collectives = Counter[str](), Counter[str]()
+    grad_norms, why_not_planned = set(), dict[int, str]()
     for path in out.glob(f"{name}.*.json"):
         figures = json.loads(path.read_text(encoding="utf-8"))
         grad_norms.add(figures["grad_norm"])
         tokens.update(figures["tokens"])
+        collectives.update(figures["collectives"])
+        if figures["why_not_planned"]:
+            why_not_planned[int(path.suffixes[0][1:])] = figures["why_not_planned"]
         for layer, counts in figures["layers"].items():
             layers.setdefault(int(layer), Counter()).update(counts)
     found: dict[int, Any] = {}
@@ -122,5 +134,10 @@ def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
     if len(grad_norms) != 1:
         raise ReplayError(f"ranks have different norms of one gradient: {sorted(grad_norms)}")
     return Scores(
-        [found[index] for index in range(len(samples))], dict(sorted(layers.items())), tokens, grad_norms.pop()
+        [found[index] for index in range(len(samples))],
+        dict(sorted(layers.items())),
+        tokens,
+        grad_norms.pop(),
+        collectives,
+        dict(sorted(why_not_planned.items())),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from r3_adapter.megatron.replay import agree, agreed
+from r3_adapter.megatron.agreement import agree, agreed
 
 
 class UnreadableError(Exception):

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from r3_adapter.layout import Packing, ParallelLayout
-from r3_adapter.megatron.replay import StepInput, agree, moe_routers, prepare, prepare_step
+from r3_adapter.megatron.agreement import agree
+from r3_adapter.megatron.replay import StepInput, moe_routers, prepare, prepare_step
 from r3_adapter.trace import ModelId, RoutingTrace
 
 SEQ, BATCH, LAYER_IDS = tiny.SEQ, tiny.BATCH, [1, 2, 3]
