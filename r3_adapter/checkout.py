@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
-
 from r3_adapter.commits import Ours, find_ours, is_of, on_top, take_back
 from r3_adapter.errors import PatchError
 from r3_adapter.git import Repo, Stack, check_quiet, commits_on, dirty, open_repo, read_tree
@@ -20,7 +18,7 @@ from r3_adapter.gittree import commit_steps
 from r3_adapter.moving import mend, move, was_stopped
 from r3_adapter.patchfile import Patch
 from r3_adapter.release import base_of
-from r3_adapter.series import Contents, Series, load_series, read_patches
+from r3_adapter.series import Contents, Series, far, load_series, parsed_version, read_patches
 from r3_adapter.threeway import Fit, fit, paths_of, show
 from r3_adapter.transaction import exclusive
 
@@ -238,7 +236,7 @@ def nearest(checkout: Checkout, commit: str) -> Near:
         files = files_of(checkout, commit, paths_of(patches))
         base, _ = base_of(series, patches, checkout.repo, download=False)
         fitted = fit(patches, files, base)
-        rank = (fitted.hunks - fitted.fitting, *_distance(checkout.version, series.version))
+        rank = (fitted.hunks - fitted.fitting, far(checkout.version, series.version))
         found.append((rank, series, patches, files))
     _, series, patches, files = min(found, key=lambda each: each[0])
     base, missing = base_of(series, patches, checkout.repo)
@@ -281,24 +279,7 @@ def _version(repo: Repo, package: Path) -> str:
                 f'version = "{parts.get("MAJOR")}.{parts.get("MINOR")}.{parts.get("PATCH")}{parts.get("PRE_RELEASE")}"'
             )
         found = _VERSION.search(text)
-        if found and _parsed(found[1]):
+        if found and parsed_version(found[1]):
             return found[1]
     tag = re.search(r"\d+\.\d.*", repo.says("describe", "--tags", "--abbrev=0") or "")
-    return tag[0] if tag and _parsed(tag[0]) else ""
-
-
-def _parsed(text: str) -> Version | None:
-    try:
-        return Version(text)
-    except InvalidVersion:
-        return None
-
-
-def _distance(version: str, pin: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return how far a pin is from a version, part by part, then the newest first."""
-    here, there = _parsed(version), Version(pin)
-    newest = tuple(-part for part in there.release)
-    if here is None:
-        return (), newest
-    sides = [(*side.release, 0, 0, 0)[:3] for side in (here, there)]
-    return tuple(abs(one - other) for one, other in zip(*sides, strict=True)), newest
+    return tag[0] if tag and parsed_version(tag[0]) else ""

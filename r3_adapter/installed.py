@@ -5,16 +5,20 @@ A file is as released, as this series makes it, as another series made it that t
 """
 
 import json
+import shlex
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from r3_adapter.errors import PatchError
 from r3_adapter.record import Note, Record, journal_path, read_record, record_path
-from r3_adapter.series import ABSENT, Contents, Hashes, Series, digest
+from r3_adapter.series import ABSENT, Contents, Hashes, Series, digest, far, read_patches
+from r3_adapter.threeway import fit, paths_of
 from r3_adapter.transaction import is_begun
 
 _SHOWN = 3
@@ -52,7 +56,8 @@ class Status:
     kinds: whose these bytes are.
     notes: what record and journal know of them.
     begun: whether a change of files was stopped on the way.
-    reason: why it is unreadable or editable.
+    reason: why it is unreadable, or which source an editable install is of.
+    pins: the series that there are.
     """
 
     distribution: str
@@ -66,6 +71,7 @@ class Status:
     notes: Mapping[str, Note] = field(default_factory=dict, repr=False)
     begun: bool = False
     reason: str = ""
+    pins: Sequence[Series] = field(default=(), repr=False)
 
     @property
     def leftovers(self) -> list[str]:
@@ -103,7 +109,7 @@ def explain(status: Status) -> str:
     elif status.state is State.EDITED:
         said += f": neither released nor patched by a known series: {_listed(status, Kind.FOREIGN)}"
     elif status.state is State.EDITABLE:
-        said += f" of {status.reason}, not of the release that the patches are for"
+        said += f" of {status.reason}"
     todo = advice(status)
     return f"{said}; {todo}" if todo and status.state is not State.NOT_APPLIED else said
 
@@ -127,10 +133,29 @@ def advice(status: Status) -> str:
             edits = [f"undo the edit or reinstall it: {reinstall}"] if len(foreign) > len(added) else []
             return ", and ".join(moves + edits) + "; then `r3 patch apply`"
         case State.EDITABLE:
-            return f"install the release: {reinstall}"
+            folder = url2pathname(urlsplit(status.reason).path)
+            return f"`r3 patch apply --source {shlex.quote(folder)}` patches its git tree"
         case State.NOT_PINNED | State.NOT_INSTALLED if status.leftovers:
             return f"earlier patches left {_some(status.leftovers)}: `r3 patch revert` removes them"
+        case State.NOT_PINNED:
+            return _nearest(status)
     return ""
+
+
+def _nearest(status: Status) -> str:
+    """Say which series is the nearest to an installed version that has none, and what makes one."""
+    found = []
+    for series in status.pins:
+        patches = read_patches(series)
+        paths = paths_of(patches)
+        sites = read_files(status.site or Path(), [path.removeprefix(series.prefix) for path in paths])
+        fitted = fit(patches, dict(zip(paths, sites.values(), strict=True)), {})
+        found.append((fitted.hunks - fitted.fitting, far(status.installed, series.version), series.version, fitted))
+    if not found:
+        return ""
+    _, _, version, fitted = min(found, key=lambda each: each[:2])
+    command = f"`r3 patch rebase {status.distribution} {status.installed}`"
+    return f"the nearest series is that for {version}: {fitted}; {command} makes one"
 
 
 def find(name: str, site: Path | None) -> Distribution | None:
@@ -176,7 +201,7 @@ def _inspect(name: str, pins: Sequence[Series], versions: tuple[str, ...], site:
     version = installed.version if installed else ""
     place = site_of(installed) if installed else site or Path(sysconfig.get_path("purelib"))
     series = next((series for series in pins if series.version == version), None)
-    source = _editable(installed) if installed and series and not (place / series.package).is_dir() else ""
+    source = _editable(installed) if installed and pins and not (place / pins[0].package).is_dir() else ""
     if source:
         return Status(name, State.EDITABLE, versions, version, place, series, reason=source)
     records = [
@@ -197,7 +222,7 @@ def _inspect(name: str, pins: Sequence[Series], versions: tuple[str, ...], site:
     if series:
         recorded = next((record.files for record in records if record.version == version), {})
         state = _state(series.files, kinds, recorded, begun)
-    return Status(name, state, versions, version, place, series, contents, kinds, notes, begun)
+    return Status(name, state, versions, version, place, series, contents, kinds, notes, begun, pins=pins)
 
 
 def _notes(

@@ -48,15 +48,18 @@ def main(asked: str, answered: str) -> None:
 
 def _help(distribution: str) -> str:
     """Let the engine be imported without a GPU; return why that cannot be done."""
+    wanted = {
+        "megatron-core": ("r3_adapter.megatron.cpu", "install"),
+        "sglang": ("r3_adapter.sglang.cpu", "enable_cpu"),
+    }
+    if distribution not in wanted:
+        return ""
+    module, function = wanted[distribution]
     try:
         import torch
 
-        if torch.cuda.is_available():
-            return ""
-        if distribution == "megatron-core":
-            importlib.import_module("r3_adapter.megatron.cpu").install()
-        elif distribution == "sglang":
-            importlib.import_module("r3_adapter.sglang.cpu").enable_cpu()
+        if not torch.cuda.is_available():
+            getattr(importlib.import_module(module), function)()
     except Exception as error:  # whatever a package raises that does not fit this machine
         return f"{type(error).__name__}: {error}"
     return ""

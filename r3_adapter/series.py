@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from r3_adapter.errors import PatchError
 from r3_adapter.patchfile import TRAILERS, FileDiff, Patch, apply_diff, read_patch, trailers
 
@@ -226,6 +228,24 @@ def write_upstream_tests(series: Series, folder: Path) -> list[Path]:
         target.write_bytes(data)
         written.append(target)
     return written
+
+
+def parsed_version(text: str) -> Version | None:
+    """Return what a text is as a version; None where it is none."""
+    try:
+        return Version(text)
+    except InvalidVersion:
+        return None
+
+
+def far(version: str, pin: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how far a pin is from a version, to be compared: part by part, then the newest first."""
+    here, there = parsed_version(version), Version(pin)
+    newest = tuple(-part for part in there.release)
+    if here is None:
+        return (), newest
+    sides = [(*side.release, 0, 0, 0)[:3] for side in (here, there)]
+    return tuple(abs(one - other) for one, other in zip(*sides, strict=True)), newest
 
 
 def digest(data: bytes | None) -> str:

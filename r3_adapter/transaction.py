@@ -237,9 +237,13 @@ def _tidy(changes: Sequence[Change]) -> None:
         if not path.exists():
             with suppress(OSError):
                 (path.parent / "__pycache__").rmdir()
-            with suppress(OSError):
-                for folder in path.parents:
+            for folder in path.parents:
+                try:
                     folder.rmdir()
+                except FileNotFoundError:
+                    continue  # a run may have been stopped before it made this one
+                except OSError:
+                    break
 
 
 def _sync_folder(folder: Path) -> None:

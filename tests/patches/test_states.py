@@ -113,15 +113,29 @@ def test_what_an_uninstallation_left_is_removed(world: World) -> None:
     assert not list(world.site.glob("r3-patch-*"))
 
 
-def test_an_editable_install_is_named(world: World) -> None:
+@pytest.mark.parametrize("version", ["1.0", "1.1.dev3"])
+def test_an_editable_install_is_named(world: World, version: str) -> None:
     shutil.rmtree(world.site / "alpha")
-    origin = {"url": "file:///src/alpha", "dir_info": {"editable": True}}
-    (world.site / "alpha-1.0.dist-info/direct_url.json").write_text(json.dumps(origin))
+    origin = {"url": "file:///src/my%20alpha", "dir_info": {"editable": True}}
+    info = world.site / "alpha-1.0.dist-info"
+    (info / "direct_url.json").write_text(json.dumps(origin))
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: alpha\nVersion: {version}\n")
     with pytest.raises(PatchError) as caught:
         world.apply("alpha")
     assert str(caught.value) == (
-        "alpha 1.0: editable install of file:///src/alpha, not of the release that the patches are for;"
-        " install the release: `pip install --force-reinstall --no-deps alpha==1.0`"
+        f"alpha {version}: editable install of file:///src/my%20alpha;"
+        " `r3 patch apply --source '/src/my alpha'` patches its git tree"
+    )
+
+
+def test_a_version_without_a_series_says_how_near_the_nearest_is(world: World) -> None:
+    world.uninstall("alpha")
+    world.install("alpha", "1.1", {**ALPHA_OLD, "alpha/core/a.py": b"def f():\n    return 7\n"})
+    with pytest.raises(PatchError) as caught:
+        world.apply("alpha")
+    assert str(caught.value) == (
+        "alpha 1.1: version not pinned: installed 1.1 != 1.0, which the patches are for;"
+        " the nearest series is that for 1.0: 3 of 5 hunks fit; `r3 patch rebase alpha 1.1` makes one"
     )
 
 
