@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r3_adapter.megatron.shapes import PARTS, SHAPES
+
 if TYPE_CHECKING:
     from r3_adapter.layout import ParallelLayout
 
@@ -97,6 +99,19 @@ def layout_of(args: argparse.Namespace) -> "ParallelLayout":
         if given.get(name, 1) < 1:
             raise LayoutError(f"--{flag} ({given[name]}) < 1")
     return ParallelLayout(**given) if "dp" in given else ParallelLayout.smallest(**given)
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a benchmark of a model's shape, which has no weights to read."""
+    group = parser.add_argument_group("shape", "a router, a MoE layer and a step of this shape, in place of the above")
+    group.add_argument("--shape", choices=tuple(SHAPES), help="weights are random; --pairs: rounds of each part")
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    group.add_argument("--layers", type=whole(1), default=4, metavar="N", help="of the step; default: 4")
+    group.add_argument("--tokens", type=whole(16), default=8192, metavar="N", help="of layer and step; default: 8192")
+    group.add_argument(
+        "--router-tokens", type=whole(16), nargs="+", default=(8192, 65536), metavar="N", help="of the router alone"
+    )
+    group.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="default: all")
 
 
 def add_rl_arguments(parser: Parser) -> Parser:

@@ -112,6 +112,7 @@ def add_bench(subparsers: "Subparsers") -> None:
     verb = verbs.add_parser("replay", help=text, description=text)
     verb.add_argument("--pairs", type=arguments.whole(2), default=20, metavar="N", help="steps of each kind, in turns")
     verb.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
+    arguments.add_shape_arguments(verb)
     verb.set_defaults(run=_bench_replay)
     text = "three engines, capture off, as released and patched, taking turns: time, bytes and host memory"
     verb = verbs.add_parser("capture", help=text, description=text)
@@ -253,6 +254,16 @@ def _plan(args: argparse.Namespace) -> int:
 
 @guarded()
 def _bench_replay(args: argparse.Namespace) -> int:
+    if args.shape is not None:
+        # Without what the rollout and the bar need: the machine with the GPU may have Megatron-core alone.
+        from r3_adapter.bench.shape import bench_shape
+
+        sizes = {"num_layers": args.layers, "num_tokens": args.tokens, "router_tokens": args.router_tokens}
+        figures = bench_shape(args.shape, device=args.device, rounds=args.pairs, parts=args.parts, **sizes)
+        _print_json(figures, args.json)
+        return 0
+    if args.device != "cpu":
+        raise R3Error(f"--device {args.device} needs --shape: the step that is measured without one runs on a CPU")
     from r3_adapter.bench.replay import bench_replay
     from r3_adapter.report import progress_bars
 

@@ -1,6 +1,7 @@
 """`r3 bench replay`: a training step with replay over the same step routed live, on a real trainer with EP 2.
 
-Host checks, cutting, copies and routers are all in the replayed step's time.
+Host checks, cutting, copies and routers are all in the replayed step's time. `bench/shape.py` measures a router, a
+MoE layer and a step of a model's shape instead, on a GPU or without one.
 """
 
 import json
