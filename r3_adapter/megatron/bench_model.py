@@ -29,11 +29,15 @@ _LIVE_EVERY = 10
 
 @dataclass(frozen=True)
 class Way:
-    """How routers come by their experts. fused: moe_router_fusion; native: Megatron-core's own RouterReplay."""
+    """How routers come by their experts, and dispatchers by the numbers of tokens.
+
+    fused: moe_router_fusion. native: Megatron-core's own RouterReplay. plan: the numbers are planned from the routes.
+    """
 
     fused: bool = False
     native: bool = False
     routes: Literal["none", "all rows", "live rows"] = "none"
+    plan: bool = False
 
 
 def ways_of(*, gpu: bool) -> dict[str, Way]:
@@ -42,11 +46,12 @@ def ways_of(*, gpu: bool) -> dict[str, Way]:
         "live": Way(),
         "live_fused": Way(fused=True),
         "native": Way(native=True),
-        "replay": Way(fused=gpu, routes="all rows"),
+        "replay": Way(fused=gpu, routes="all rows", plan=True),
+        "replay_unplanned": Way(fused=gpu, routes="all rows"),
         "replay_live_rows": Way(fused=gpu, routes="live rows"),
         "live_again": Way(),
     }
-    return {**ways, "replay_unfused": Way(routes="all rows")} if gpu else ways
+    return {**ways, "replay_unfused": Way(routes="all rows", plan=True)} if gpu else ways
 
 
 def build_shape(shape: str, num_layers: int, layout: ParallelLayout, device: torch.device) -> Any:
@@ -130,12 +135,15 @@ class Ways:
         with self._recorded() as maps, torch.no_grad():
             mlp(hidden)
         own = maps[0]
+        counts = torch.bincount(own.flatten(), minlength=self.num_experts).to(torch.int32).cpu()[None]
         self._replaying(self._natives[0], own)
 
         def both(way: Way) -> torch.Tensor:
             self._use(way)
             given = self._given(own, way)
-            output = mlp(hidden, **({} if given is None else {"routed_experts": given}))[0]
+            arguments = {} if given is None else {"routed_experts": given}
+            arguments |= {"routed_expert_counts": counts} if way.plan else {}
+            output = mlp(hidden, **arguments)[0]
             output.backward(weight)
             hidden.grad = None
             mlp.zero_grad(set_to_none=True)
@@ -161,10 +169,10 @@ class Ways:
         def both(way: Way) -> torch.Tensor:
             self._use(way)
             self.model.zero_grad(set_to_none=True)
-            arguments = {}
+            arguments: dict[str, torch.Tensor] = {}
             if way in inputs:
-                ((batch,),) = prepare_step([self.model], [inputs[way]], arena=self._arena)
-                arguments["routed_experts"] = batch.routed_experts
+                ((batch,),) = prepare_step([self.model], [inputs[way]], arena=self._arena, plan=way.plan)
+                arguments = batch.model_arguments
             with nullcontext() if arguments else routed_live([self.model]):
                 loss = self.model(tokens, positions, None, labels=tokens, **arguments).float().mean()
             loss.backward()

@@ -24,7 +24,9 @@ def test_all_parts_of_a_tiny_shape(tmp_path: Path) -> None:
     assert {"hardware", "versions", "router 32", "router 128", "layer", "step"} <= found.keys()
     assert found["left_out"].keys() == {"live_fused"}
     for part in ("router 32", "router 128", "layer", "step"):
-        assert found[part].keys() == {"live", "native", "replay", "replay_live_rows", "live_again"}
+        assert found[part].keys() == {
+            *("live", "live_again", "native", "replay", "replay_unplanned", "replay_live_rows")
+        }
         for ways in found[part].values():
             assert ways["with_launches_us"] > 0
             assert ways["launches"] > 0
