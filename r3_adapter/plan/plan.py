@@ -168,7 +168,7 @@ def _notes(request: PlanRequest) -> Iterator[str]:
         yield f"{model.num_mtp_layers} multi-token prediction layers: not built, not replayed, not counted."
     yield from windows(model)
     if request.trainer_arguments.get("moe_router_fusion"):
-        yield "moe_router_fusion: a router that is given experts takes the unfused path."
+        yield "moe_router_fusion: on a GPU Triton fuses routers that are given experts, but not float64 logits."
     if request.engines.size > request.machines.gpus_per_node:
         nodes = request.engines.size // max(request.machines.gpus_per_node, 1)
         yield f"An engine is on {nodes} nodes: SGLang needs nnodes, node_rank and dist_init_addr for that."

@@ -87,9 +87,9 @@ def trees(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Mapping[S
     return trees
 
 
-def run(tree: Path, *arguments: str, path: Path = HERE) -> None:
-    """Run Python with the tree's Megatron and with what lies in `path`."""
-    env = {"PYTHONPATH": os.pathsep.join([str(tree), str(path)])}
+def run(tree: Path, *arguments: str, path: Path = HERE, interpret: bool = False) -> None:
+    """Run Python with the tree's Megatron and with what lies in `path`; interpret: Triton's kernels run on the CPU."""
+    env = {"PYTHONPATH": os.pathsep.join([str(tree), str(path)]), "TRITON_INTERPRET": str(int(interpret))}
     run_together([[sys.executable, *arguments]], env=[env], timeout=TIMEOUT)
 
 
@@ -106,7 +106,9 @@ def test_without_routes_it_computes_the_released_bits(trees: Mapping[State, Path
 def test_upstream_tests_of_the_series_pass(series: Series, trees: Mapping[State, Path], tmp_path: Path) -> None:
     written = write_upstream_tests(series, tmp_path)
     (tmp_path / "tests/unit_tests/test_utilities.py").write_text(TEST_UTILITIES)
-    run(trees[State.APPLIED], "-c", RUN_PYTEST, *map(str, written), path=tmp_path)
+    for interpret in (False, True):
+        chosen = [str(path) for path in written if ("fusions" in path.parts) is interpret]
+        run(trees[State.APPLIED], "-c", RUN_PYTEST, *chosen, path=tmp_path, interpret=interpret)
 
 
 @pytest.mark.parametrize("number", range(2, 6))
@@ -129,3 +131,8 @@ def test_what_the_patches_mend_is_broken_in_the_release(trees: Mapping[State, Pa
 
 def test_routers_use_what_they_are_given(trees: Mapping[State, Path]) -> None:
     run(trees[State.APPLIED], "-c", RUN_PYTEST, str(HERE / "megatron_router_checks.py"))
+
+
+def test_fused_routers_use_what_they_are_given(trees: Mapping[State, Path]) -> None:
+    """No GPU is needed: Triton's interpreter runs the kernels."""
+    run(trees[State.APPLIED], "-c", RUN_PYTEST, str(HERE / "megatron_fused_checks.py"), interpret=True)
