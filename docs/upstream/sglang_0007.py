@@ -1,16 +1,14 @@
-"""A retracted request has the log-probabilities of two computations, and the experts of the second alone."""
+"""Samples of one prompt in one batch get one and the same experts for it, though each computed it for itself."""
 
 import numpy as np
-from sglang_engine import PERTURB, logprobs_with, reply_retracted, rows_of, start_engine
+from sglang_engine import PERTURB, rows_of, start_engine
 
 if __name__ == "__main__":
-    prompt = [3, 5, 7, 11]
-    with start_engine(perturb=PERTURB, dtype="float32") as engine:
-        reply = reply_retracted(engine, prompt)
-    sampled = np.array([pair[0] for pair in reply["meta_info"]["output_token_logprobs"]])
-    replayed = logprobs_with(rows_of(reply), prompt + reply["output_ids"], engine.settings.model_path)
-    gap = np.abs(replayed[len(prompt) - 1 :] - sampled)
-    count = int(np.flatnonzero(gap > 1e-3)[-1]) + 1
-    print(f"retractions: {reply['meta_info']['num_retractions']}; log-probabilities replayed with the reply's experts:")
-    print(f"the first {count} outputs off by up to {gap[:count].max():.2f}, ", end="")
-    print(f"the other {len(gap) - count} by up to {gap[count:].max():.6f}")
+    prompt = list(range(3, 35))
+    with start_engine(radix_cache=True, perturb=PERTURB) as engine:
+        found = engine.replies([prompt, prompt], {"temperature": 1.0, "max_new_tokens": 4, "ignore_eos": True})
+    first, second = (rows_of(reply)[: len(prompt)] for reply in found)
+    same = np.mean((np.sort(first) == np.sort(second)).all(axis=(1, 2)))
+    cached = [reply["meta_info"]["cached_tokens"] for reply in found]
+    print(f"both computed all {len(prompt)} prompt tokens (cached: {cached}), half of all rows at random experts;")
+    print(f"share of prompt tokens whose rows are the same in both: {same:.2f}; the second's own are lost")

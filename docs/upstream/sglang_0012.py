@@ -1,11 +1,12 @@
-"""An abort of a request that waits since it was retracted loses its experts, and tokens that it sampled."""
+"""With pipeline parallelism a reply has the experts of the first rank's layers, and zeros for the others."""
 
-from sglang_engine import reply_retracted, start_engine
+import os
+
+from sglang_engine import SHAPE, rows_of, start_engine
 
 if __name__ == "__main__":
-    with start_engine() as engine:
-        for state, retract in (("runs", False), ("waits since it was retracted", True)):
-            reply = reply_retracted(engine, [3, 5, 7, 11], retract=retract, abort=True)
-            info = reply["meta_info"]
-            found = f"{len(reply['output_ids'])} tokens, {len(info['output_token_logprobs'])} log-probabilities"
-            print(f"aborted while it {state}: {found}, experts: {'routed_experts' in info}")
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|0"  # two ranks on one core
+    with start_engine(pp_size=2) as engine:
+        rows = rows_of(engine.replies([[3, 5, 7, 11]], {"max_new_tokens": 4, "ignore_eos": True})[0])
+    silent = [layer for layer in range(SHAPE.num_layers) if not rows[:, layer].any()]
+    print(f"layers with expert 0 in all places of all rows: {silent} of {SHAPE.num_layers}, no error")

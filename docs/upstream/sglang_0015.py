@@ -1,19 +1,16 @@
-"""After a batch that DP attention padded, out_cache_loc keeps the padding that positions and requests lose."""
+"""A retracted request has the log-probabilities of two computations, and the experts of the second alone."""
 
-from types import SimpleNamespace
-
-import torch
-from sglang_engine import enable_cpu
+import numpy as np
+from sglang_engine import PERTURB, logprobs_with, reply_retracted, rows_of, start_engine
 
 if __name__ == "__main__":
-    enable_cpu()
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
-    two = torch.tensor([5, 6])
-    batch = ForwardBatch(ForwardMode.DECODE, 2, two, two, two, two, 11, positions=two, _original_batch_size=2)
-    fill = SimpleNamespace(get_cpu_graph_seq_len_fill_value=lambda: 1)
-    batch._pad_inputs_to_size(SimpleNamespace(attn_backend=fill), num_tokens=4, bs=4)
-    batch.post_forward_mlp_sync_batch(SimpleNamespace(next_token_logits=torch.zeros(4, 1), hidden_states=None))
-    print("a rank with tokens [5, 6], after a pass that was padded to four:")
-    for name in ("positions", "req_pool_indices", "out_cache_loc"):
-        print(f"{name}: {getattr(batch, name).tolist()}")
+    prompt = [3, 5, 7, 11]
+    with start_engine(perturb=PERTURB, dtype="float32") as engine:
+        reply = reply_retracted(engine, prompt)
+    sampled = np.array([pair[0] for pair in reply["meta_info"]["output_token_logprobs"]])
+    replayed = logprobs_with(rows_of(reply), prompt + reply["output_ids"], engine.settings.model_path)
+    gap = np.abs(replayed[len(prompt) - 1 :] - sampled)
+    count = int(np.flatnonzero(gap > 1e-3)[-1]) + 1
+    print(f"retractions: {reply['meta_info']['num_retractions']}; log-probabilities replayed with the reply's experts:")
+    print(f"the first {count} outputs off by up to {gap[:count].max():.2f}, ", end="")
+    print(f"the other {len(gap) - count} by up to {gap[count:].max():.6f}")

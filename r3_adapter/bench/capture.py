@@ -239,7 +239,6 @@ def _shared(requests: int = 1000, num_tokens: int = 2000) -> dict[str, float]:
 def _captured(num_tokens: int) -> tuple[Any, Any, Any]:
     """Return the patched capturer and SGLang's own after a request whose rows lie anywhere, and its pool."""
     import torch
-    from sglang.srt.state_capturer.base import BaseTopkCapturer
     from sglang.srt.state_capturer.routed_experts_links import ROOT, RowLinks
 
     num_slots = 2 * num_tokens
@@ -252,10 +251,9 @@ def _captured(num_tokens: int) -> tuple[Any, Any, Any]:
         SimpleNamespace(host_cache=SimpleNamespace(buffer=rows.to(dtype)), links=links)
         for dtype in (torch.uint8, torch.int32)
     )
-    for capturer in (patched, native):
-        capturer.get_cache_locs = lambda *args, own=capturer: BaseTopkCapturer.get_cache_locs(own, *args)
     patched.version_ids, patched.version_index = torch.zeros(num_slots, dtype=torch.int32), {"default": 0}
     patched.layer_ids, patched.num_experts = list(range(MODEL.num_layers)), MODEL.num_experts
+    patched.model_shape = {name: getattr(MODEL, name) for name in ("num_layers", "hidden_size", "vocab_size")}
     return patched, native, SimpleNamespace(req_to_token=torch.cat([locs, locs[:1]]).int()[None])
 
 

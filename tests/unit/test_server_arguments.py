@@ -19,40 +19,28 @@ ROOT = Path(__file__).parents[2]
 
 _SCRIPT = """
 import json, sys
-from types import SimpleNamespace
 from r3_adapter.sglang.cpu import enable_cpu
 enable_cpu()
 import dataclasses
 import msgspec
 from sglang.srt.server_args import ServerArgs
 asked = json.load(sys.stdin)
+kind = dataclasses if dataclasses.is_dataclass(ServerArgs) else msgspec.structs
+defaults = {field.name: field.default for field in kind.fields(ServerArgs)}
 if asked:
+    from sglang.srt.state_capturer import engine_settings
     from sglang.srt.state_capturer import routed_experts_guard as guard
 
 def refusals(changes):
-    bags = {}
-    for kind in ServerArgs._NAMESPACES:
-        fields = {field.name: field for field in msgspec.structs.fields(kind)}
-        values = {name: field.default for name, field in fields.items() if field.default is not msgspec.NODEFAULT}
-        bag = bags
-        for part in kind._NS_PATH.split("."):
-            bag = bag.setdefault(part, {})
-        bag.update(values | {name: value for name, value in changes.items() if name in fields})
-    def nested(bag):
-        return SimpleNamespace(**{name: nested(x) if isinstance(x, dict) else x for name, x in bag.items()})
-    space = nested(bags)
-    for name in vars(space):
-        if hasattr(guard, f"get_{name}"):
-            setattr(guard, f"get_{name}", lambda name=name: getattr(space, name))
-    guard.is_moe_input_scattered_across_dp_ranks = lambda: False
+    settings = {**dict.fromkeys(engine_settings._NOT_IN_ALL), **defaults, **changes}
+    guard.setting = settings.__getitem__
+    guard.is_moe_input_scattered = lambda: False
     names = [name for name in vars(guard) if name.endswith("_refusals") and name != "_model_refusals"]
     found = [pair for name in names for pair in getattr(guard, name)()]
     return [reason for refused, reason in found if refused]
 
-kind = dataclasses if dataclasses.is_dataclass(ServerArgs) else msgspec.structs
-fields = [field.name for field in kind.fields(ServerArgs)]
 answers = {name: refusals({name: value}) for name, value in asked.items()}
-print(json.dumps({"fields": fields, "none": refusals({}) if asked else None, "answers": answers}))
+print(json.dumps({"fields": list(defaults), "none": refusals({}) if asked else None, "answers": answers}))
 """
 
 VALUES = {"attn_cp_size": 2, "dcp_size": 2, "disaggregation_mode": "prefill", "speculative_algorithm": "EAGLE"}
