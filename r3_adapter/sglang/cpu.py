@@ -78,9 +78,10 @@ def use_plain_host_memory() -> None:
     """Give SGLang's capture an allocator for device "cpu": its default registers or pins the memory with CUDA.
 
     Source: sglang@0.5.20: srt/mem_cache/pool_host/common.py:ALLOC_MEMORY_FUNCS; sglang@0.5.15.post1, which asks torch:
-        srt/state_capturer/base.py:BaseHostCache
+        srt/state_capturer/base.py:BaseHostCache, srt/model_executor/forward_batch_info.py:prepare_mlp_sync_batch
     """
     from sglang.srt.mem_cache.pool_host import common
+    from sglang.srt.model_executor import forward_batch_info
     from sglang.srt.state_capturer import base
 
     def allocate(
@@ -90,21 +91,23 @@ def use_plain_host_memory() -> None:
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
     if "ALLOC_MEMORY_FUNCS" not in vars(base):
-        base.torch = _Unpinned()
+        base.torch = forward_batch_info.torch = _Unpinned()
 
 
 class _Unpinned:
-    """Stands in for torch in one module of SGLang's: memory is as any other."""
+    """Stands in for torch in modules of SGLang that ask it for pinned memory, which is as any other here."""
 
     def __getattr__(self, name: str) -> Any:
         import torch
 
-        return getattr(torch, name)
+        found = getattr(torch, name)
+        if name not in ("tensor", "zeros"):
+            return found
 
-    def zeros(self, *size: Any, pin_memory: bool = False, **options: Any) -> Any:
-        import torch
+        def make(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
+            return found(*args, **options)
 
-        return torch.zeros(*size, **options)
+        return make
 
 
 def let_native_attention_pad() -> None:
