@@ -221,7 +221,8 @@ def _shared(requests: int = 1000, num_tokens: int = 2000) -> dict[str, float]:
     from sglang.srt.state_capturer.routed_experts_safetensors import routed_experts_to_safetensors
 
     patched, _, pool = _captured(num_tokens)
-    tokens, info, num_bytes = array("q", range(num_tokens)), {"finish_reason": {"type": "length"}}, 0
+    tokens = array("q", [i % MODEL.vocab_size for i in range(num_tokens)])
+    info, num_bytes = {"finish_reason": {"type": "length"}}, 0
     with tempfile.TemporaryDirectory(dir=MEMORY) as path:
         folder, traces = PayloadFolder(path), []
         start = time.perf_counter()
@@ -229,7 +230,7 @@ def _shared(requests: int = 1000, num_tokens: int = 2000) -> dict[str, float]:
             payload = routed_experts_to_safetensors(patched, 0, tokens, pool)
             num_bytes += payload.numel()
             handle = folder.put(payload).numpy().tobytes()
-            reply = {"output_ids": tokens[-1:], "meta_info": {**info, "routed_experts": handle}}
+            reply = {"output_ids": list(tokens[-1:]), "meta_info": {**info, "routed_experts": handle}}
             traces.append(trace_from_reply(fetch_payload(reply, Path(path), "reply"), tokens[:-1]))
         seconds = time.perf_counter() - start
         assert len({trace.digest() for trace in (traces[0], traces[-1])}) == 1

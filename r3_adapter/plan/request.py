@@ -111,7 +111,7 @@ class Engines:
     def forward_tokens(self, *, patched: bool) -> int:
         """Return the rows of the capture's buffer on the device, for one forward pass.
 
-        Source: sglang@0.5.20 srt/state_capturer/routed_experts.py; patched: routed_experts_compact.py
+        Source: sglang@0.5.20 srt/state_capturer/routed_experts.py; patched: forward_tokens.py
         """
         prefill = int(self.arguments.get("chunked_prefill_size") or 8192)
         running = int(self.arguments.get("max_running_requests") or 256)

@@ -198,8 +198,8 @@ def capture_buffers(facts: ModelFacts, engines: Engines, num_slots: int, *, patc
     """Return the buffers for so many KV slots in each data-parallel rank's pool; on a GPU, of the largest stage.
 
     Source: sglang@0.5.20 srt/state_capturer/base.py and routed_experts.py: int32, all layers, on every rank; patched:
-        routed_experts_compact.py: MoE layers only, on a GPU those of its stage; ids on the one rank that sends them,
-        versions and links on every.
+        routed_experts_compact.py: MoE layers only, on a GPU those of its stage; ids, versions and links on the one
+        rank that sends them.
     """
     row = id_bytes(facts) if patched else 4 * facts.num_layers * facts.topk
     tokens = engines.forward_tokens(patched=patched)
@@ -207,8 +207,8 @@ def capture_buffers(facts: ModelFacts, engines: Engines, num_slots: int, *, patc
         return CaptureBuffers(tokens * row, num_slots * row, engines.size * num_slots * row)
     moe = set(facts.layer_ids)
     most = max(len(moe & set(stage)) for stage in engine_stages(facts.num_layers, engines.pp))
-    host = num_slots * (engines.dp * row + engines.size * _SLOT_BYTES)
-    return CaptureBuffers(tokens * row * most // len(moe), num_slots * (row + _SLOT_BYTES), host)
+    host = num_slots * (row + _SLOT_BYTES)
+    return CaptureBuffers(tokens * row * most // len(moe), host, engines.dp * host)
 
 
 class EngineMemory(NamedTuple):
