@@ -1,7 +1,7 @@
 """Run Megatron-core on a machine without a GPU: process groups on gloo, tensors in main memory.
 
 Megatron-core takes CUDA for granted in a few places that compute nothing. Each function below answers one of them and
-says which; they are of both pins unless it names one. Nothing here changes what Megatron computes, and nothing here is
+says which; they are of all pins unless it names some. Nothing here changes what Megatron computes, and nothing here is
 loaded when a GPU is present.
 """
 
@@ -39,7 +39,7 @@ def install() -> None:
 
 
 def install_training() -> None:
-    """Make megatron.training, which 0.19.2's wheel has, run on the CPU too; call it before importing it.
+    """Make megatron.training, which wheels from 0.17 on have, run on the CPU too; call it before importing it.
 
     Raises:
         ReplayError: as for `install`, which it calls.
@@ -182,7 +182,7 @@ def _rng_tracker() -> None:
 
 
 def _missing_te_gemm() -> None:
-    """0.16.1's moe_utils reads te_general_gemm, which it defines only with TransformerEngine."""
+    """moe_utils of 0.16 reads te_general_gemm, which it defines only with TransformerEngine."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):

@@ -38,7 +38,7 @@ def check_environment() -> None:
 
     if find_spec("megatron") is None or find_spec("megatron.training") is None:
         raise R3Error(
-            f"{sys.executable} has no megatron.training, which comes with megatron-core 0.19.2: set PYTHON to the "
+            f"{sys.executable} has no megatron.training, which comes with megatron-core from 0.17 on: set PYTHON to the "
             "interpreter of an environment that has it (PYTHON=python3.12 launch/test.sh makes .venv-3.12)"
         )
     (found,) = patching.status(["megatron-core"])

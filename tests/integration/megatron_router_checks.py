@@ -81,6 +81,24 @@ def test_equal_scores_keep_the_order_of_the_ids() -> None:
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_scores_in_another_order_change_the_gradient_by_rounding_alone(dtype: torch.dtype) -> None:
+    """A row's weights are the same in any order of its ids; a sum of its gradient may be taken in another order."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(512, tiny.EXPERTS, generator=generator).mul(2).round().to(dtype)
+    weight = torch.randn(512, tiny.EXPERTS, generator=generator).to(dtype)
+    found = []
+    for experts in (None, logits.topk(4, 1).indices.sort(1).values):
+        leaf = logits.clone().requires_grad_()
+        probs, routing_map = topk_routing_with_score_function(leaf, 4, routed_experts=experts)
+        (probs * weight).sum().backward()
+        found.append((probs, routing_map, leaf.grad))
+    (probs, routing_map, gradient), (other_probs, other_map, other_gradient) = found
+    assert torch.equal(probs, other_probs)
+    assert torch.equal(routing_map, other_map)
+    torch.testing.assert_close(gradient, other_gradient, atol=2 * torch.finfo(dtype).eps, rtol=0)
+
+
 def test_aux_loss_beside_an_expert_bias_counts_what_the_option_says() -> None:
     """A biased router's aux loss counts unbiased scores; only "live" keeps that under its own routes."""
     options = tiny.BIAS_AND_AUX
