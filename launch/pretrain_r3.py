@@ -46,9 +46,10 @@ def main() -> None:
     training.pretrain(
         pretrain_cfg_container_from_args(args),
         datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        partial(model_provider, []),
+        # By name: their order differs between releases.
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
+        model_provider=partial(model_provider, []),
     )
     torch.distributed.destroy_process_group()
 

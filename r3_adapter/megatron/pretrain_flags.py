@@ -38,8 +38,8 @@ def check_environment() -> None:
 
     if find_spec("megatron") is None or find_spec("megatron.training") is None:
         raise R3Error(
-            f"{sys.executable} has no megatron.training, which comes with megatron-core from 0.17 on: set PYTHON to the "
-            "interpreter of an environment that has it (PYTHON=python3.12 launch/test.sh makes .venv-3.12)"
+            f"{sys.executable} has no megatron.training, which comes with megatron-core from 0.17 on: set PYTHON to "
+            "the interpreter of an environment that has it (PYTHON=python3.12 launch/test.sh makes .venv-3.12)"
         )
     (found,) = patching.status(["megatron-core"])
     if found.state is not State.APPLIED:
