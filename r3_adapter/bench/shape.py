@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r3_adapter.errors import R3Error, check_choice
+from r3_adapter.megatron.shapes import PARTS, SHAPES
 from r3_adapter.processes import run_together
 
 Device = Literal["cpu", "cuda"]
@@ -34,6 +35,10 @@ def bench_shape(
     import torch
 
     check_choice("device", device, Device)
+    for what, names, known in (("shape", [shape], SHAPES), ("part", parts, PARTS)):
+        for name in names:
+            if name not in known:
+                raise R3Error(f"{what} {name!r} is none of {', '.join(map(repr, known))}")
     if (device == "cuda") != torch.cuda.is_available():
         raise R3Error(f"device {device!r} != {'cuda' if torch.cuda.is_available() else 'cpu'}, which this machine has")
     with tempfile.TemporaryDirectory() as name:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -31,12 +31,14 @@ _LIVE_EVERY = 10
 class Way:
     """How routers come by their experts, and dispatchers by the numbers of tokens.
 
-    fused: moe_router_fusion. native: Megatron-core's own RouterReplay. plan: the numbers are planned from the routes.
+    fused: moe_router_fusion. native: Megatron-core's own RouterReplay. given: routers are given experts, and with
+    live_rows not for all rows. plan: the numbers are planned from the routes.
     """
 
     fused: bool = False
     native: bool = False
-    routes: Literal["none", "all rows", "live rows"] = "none"
+    given: bool = False
+    live_rows: bool = False
     plan: bool = False
 
 
@@ -46,12 +48,12 @@ def ways_of(*, gpu: bool) -> dict[str, Way]:
         "live": Way(),
         "live_fused": Way(fused=True),
         "native": Way(native=True),
-        "replay": Way(fused=gpu, routes="all rows", plan=True),
-        "replay_unplanned": Way(fused=gpu, routes="all rows"),
-        "replay_live_rows": Way(fused=gpu, routes="live rows"),
+        "replay": Way(fused=gpu, given=True, plan=True),
+        "replay_unplanned": Way(fused=gpu, given=True),
+        "replay_live_rows": Way(fused=gpu, given=True, live_rows=True),
         "live_again": Way(),
     }
-    return {**ways, "replay_unfused": Way(routes="all rows", plan=True)} if gpu else ways
+    return {**ways, "replay_unfused": Way(given=True, plan=True)} if gpu else ways
 
 
 def build_shape(shape: str, num_layers: int, layout: ParallelLayout, device: torch.device) -> Any:
@@ -164,7 +166,7 @@ class Ways:
         own = torch.stack(maps)
         for native, ids in zip(self._natives, own, strict=True):
             self._replaying(native, ids)
-        inputs = {way: self._input(own, tokens, way) for way in self._ways.values() if way.routes != "none"}
+        inputs = {way: self._input(own, tokens, way) for way in self._ways.values() if way.given}
 
         def both(way: Way) -> torch.Tensor:
             self._use(way)
@@ -205,9 +207,9 @@ class Ways:
 
     def _given(self, own: torch.Tensor, way: Way) -> torch.Tensor | None:
         """Return what a router is given of its own ids, [T, K] int64."""
-        if way.routes == "none":
+        if not way.given:
             return None
-        if way.routes == "all rows":
+        if not way.live_rows:
             return own.to(torch.uint8 if self.num_experts <= 256 else torch.uint16)
         given = own.to(torch.int16)
         given[::_LIVE_EVERY] = -1
@@ -245,7 +247,7 @@ class Ways:
         for sample in range(samples):
             versions = torch.zeros(length, dtype=torch.int32).numpy()
             ids = rows[sample].astype("uint8" if self.num_experts <= 256 else "uint16")
-            if way.routes == "live rows":
+            if way.live_rows:
                 versions[::_LIVE_EVERY], ids[::_LIVE_EVERY] = -1, 0
             token_ids = tokens[sample].to(torch.int32).cpu().numpy()
             layer_ids = torch.tensor(layers, dtype=torch.int32).numpy()
