@@ -63,7 +63,7 @@ def _say(outcome: Outcome) -> None:
         of = f"\n    {patch}" if patch else ""
         print(f"{'break' if finding.breaks else 'to read'}: {finding}{of}")
     if outcome.stopped:
-        print("breaks were not looked for: the series has conflicts")
+        print("breaks were looked for in the hunks that fit alone")
     elif outcome.tests is None:
         print("the series' unit tests were not run: give an environment with this release, --python FILE")
     else:

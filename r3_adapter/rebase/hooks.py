@@ -68,7 +68,8 @@ def callers_of_changed(side: Side) -> list[str]:
         for name, node in _functions(side.folder / path).items():
             if name in before and ast.dump(node.args) != ast.dump(before[name].args):
                 names.add(name.split(".")[-2] if name.endswith(".__init__") else name.rpartition(".")[2])
-    places = {place.partition(":")[0] for places in _callers(side, dict.fromkeys(names)).values() for place in places}
+    called = [places for places in _callers(side, dict.fromkeys(names)).values() if len(places) <= _MANY]
+    places = {place.partition(":")[0] for each in called for place in each}
     return sorted({f"{side.prefix}{place}" for place in places} - set(side.ours))
 
 
@@ -118,9 +119,12 @@ def _callers(side: Side, names: Mapping[str, object]) -> dict[str, set[str]]:
     if not names:
         return found
     called = re.compile(rf"(?<!def )\b({'|'.join(map(re.escape, names))})\(")
+    heads = [f"{name}(" for name in names]
     root = side.released / side.prefix
     for path in (root / side.package).rglob("*.py"):
         text = path.read_text(encoding="utf-8", errors="replace")
+        if not any(head in text for head in heads):
+            continue
         lines = [(text.count("\n", 0, match.start()) + 1, match[1]) for match in called.finditer(text)]
         spans = [(node.lineno, node.end_lineno or 0, name) for name, node in _functions(path).items()] if lines else []
         for line, name in lines:

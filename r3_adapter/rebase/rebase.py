@@ -82,7 +82,8 @@ class Outcome:
         """The outcome as the table has it."""
         source = "" if self.pinned else f" of the series for {self.origin.version}"
         if self.stopped:
-            return f"conflicts: {len(self.conflicts)} of {self.hunks} hunks{source}"
+            more = f"; breaks in what fits: {len(self.breaks)}" if self.breaks else ""
+            return f"conflicts: {len(self.conflicts)} of {self.hunks} hunks{source}{more}"
         if self.breaks:
             return f"breaks: {len(self.breaks)}{source}"
         return "pinned" if self.pinned else f"clean: {self.hunks} of {self.hunks} hunks{source}"
@@ -120,9 +121,12 @@ def rebase(request: Request, work: Path, tell: Tell) -> tuple[Outcome, Repo, Con
             commit_series(repo, series, found)
         elif not leave_to_mend(repo, series, found, base):
             outcome.stopped = True
+            fitting = {path: data for _, step in found.steps for path, data in step.items()}
+            outcome.findings = [(each, "") for each in _look(outcome, released, fitting, base, work, tell)]
             return outcome, repo, released
     if series.version != version or request.tree:
-        _look(outcome, repo, released, base, work, tell)
+        found_there = _look(outcome, released, changed_files(repo), base, work, tell)
+        outcome.findings = [(each, patch_of(repo, each.path, each.line) if each.line else "") for each in found_there]
     if request.python:
         tell("the series' unit tests")
         tested = run_unit_tests(request.python, series, version, changed_files(repo), work / "tests")
@@ -130,13 +134,17 @@ def rebase(request: Request, work: Path, tell: Tell) -> tuple[Outcome, Repo, Con
     return outcome, repo, released
 
 
-def _look(outcome: Outcome, repo: Repo, released: Contents, base: Contents, work: Path, tell: Tell) -> None:
-    """Find what breaks without a conflict, and which patch each such line is of."""
+def _look(
+    outcome: Outcome, released: Contents, changed: Contents, base: Contents, work: Path, tell: Tell
+) -> list[Finding]:
+    """Return what breaks without a conflict.
+
+    changed: what the series makes of the new release, as far as it fits. base: the release that the series is for.
+    """
     series, root = outcome.origin, outcome.origin.folder.parents[1]
     pinned = make_side(work / "pinned", series, series.version, base, as_patched(read_patches(series), base))
-    new = make_side(work / "new", series, outcome.version, released, changed_files(repo))
-    found = find_breaks(pinned, new, read_traps(root, outcome.distribution), tell)
-    outcome.findings = [(each, patch_of(repo, each.path, each.line) if each.line else "") for each in found]
+    new = make_side(work / "new", series, outcome.version, released, changed)
+    return find_breaks(pinned, new, read_traps(root, outcome.distribution), tell)
 
 
 def nearest(pins: tuple[Series, ...], version: str, files: Contents) -> tuple[Series, Fit]:

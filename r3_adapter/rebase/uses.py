@@ -5,10 +5,13 @@ This sees what types do not: attributes of objects without annotations, `getattr
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from r3_adapter.rebase.sides import Finding, Side, parsed
+
+T = TypeVar("T", str, int)
 
 _DEFINES = re.compile(
     r"\b(?:def|class)[ \t]+(\w+)"  # functions and classes
@@ -25,7 +28,7 @@ _MUST = ("setattr", "object")  # `patch.object`
 def vanished_names(pinned: Side, new: Side) -> list[Finding]:
     """Return the names that lines of the series read, that the pinned release defined and the new one does not."""
     used = [(path, line, name, breaks) for path in new.files() for line, name, breaks in _reads(new, path)]
-    gone = _defined(pinned) - _defined(new)
+    gone = _gone(pinned, new, {name for _, _, name, _ in used})
     text = f"is defined nowhere in {new.package} {new.version}, but was in {pinned.version}"
     found = {
         Finding(path, line, "uses", f'"{name}" {text}', breaks) for path, line, name, breaks in used if name in gone
@@ -56,10 +59,27 @@ def _reads(side: Side, path: str) -> Iterator[tuple[int, str, bool]]:
             yield found
 
 
-def _defined(side: Side) -> set[str]:
-    """Return the names that the release defines, wherever that is."""
+def _gone(pinned: Side, new: Side, used: set[str]) -> set[str]:
+    """Return those of some names that the pinned release defines and the new one does not, wherever that is."""
+    old, now = _sources(pinned), _sources(new)
+    differ = {path for path in old.keys() | now.keys() if old.get(path) != now.get(path)}
+    gone = (_defined(old, differ) & used) - _defined(now, differ)
+    # What is the same in both is not looked at but for the few names that are left.
+    same = [now[path] for path in now.keys() - differ if any(name in now[path] for name in gone)]
+    return gone - _defined(dict(enumerate(same)), range(len(same)))
+
+
+def _sources(side: Side) -> dict[str, str]:
+    root = Path(side.released, side.prefix, side.package)
+    return {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8", errors="replace")
+        for path in root.rglob("*.py")
+    }
+
+
+def _defined(texts: Mapping[T, str], paths: Iterable[T]) -> set[str]:
     names: set[str] = set()
-    for path in Path(side.released, side.prefix, side.package).rglob("*.py"):
-        for groups in _DEFINES.findall(path.read_text(encoding="utf-8", errors="replace")):
+    for path in paths:
+        for groups in _DEFINES.findall(texts.get(path, "")):
             names.update(groups)
     return names
