@@ -46,7 +46,8 @@ def changed_uses(pinned: Side, new: Side) -> list[Finding]:
 
 def moved_calls(pinned: Side, new: Side) -> list[Finding]:
     """Return the hooked functions that are called elsewhere than before, or nowhere any more."""
-    hosts = {name.rpartition(".")[2]: (path, name) for path in new.sources() for name in _hosts(new, path)}
+    every = [(path, name) for path in new.sources() for name in _hosts(new, path, outer=True)]
+    hosts = {name.rpartition(".")[2]: (path, name) for path, name in every}
     hosts = {short: place for short, place in hosts.items() if not short.startswith("__")}
     before, after = (_callers(side, hosts) for side in (pinned, new))
     found = []
@@ -73,13 +74,15 @@ def callers_of_changed(side: Side) -> list[str]:
     return sorted({f"{side.prefix}{place}" for place in places} - set(side.ours))
 
 
-def _hosts(side: Side, path: str) -> list[str]:
-    """Return the released functions that have lines of the series in them, innermost ones only."""
+def _hosts(side: Side, path: str, *, outer: bool = False) -> list[str]:
+    """Return the released functions with lines of the series in them: of nested ones the innermost or outermost."""
     there, names = _functions(side.released / path), []
     for name, node in _functions(side.folder / path).items():
         lines = set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         if name in there and lines & side.ours[path]:
             names.append(name)
+    if outer:
+        return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
 
 
