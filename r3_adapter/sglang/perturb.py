@@ -84,7 +84,9 @@ class Perturbation:
         """
         import torch
 
-        if config.custom_routing_function is not None or config.num_fused_shared_experts:
+        # 0.5.23 calls the columns of shared experts otherwise.
+        name = "num_shared_topk_slots" if hasattr(config, "num_shared_topk_slots") else "num_fused_shared_experts"
+        if config.custom_routing_function is not None or getattr(config, name):
             raise CaptureError("perturbation: custom routing or fused shared experts are not supported")
         if config.apply_routed_scaling_factor_on_output or config.scoring_func not in ("softmax", "sigmoid"):
             raise CaptureError(f"perturbation: scoring {config.scoring_func!r}, or scaled weights, not supported")
