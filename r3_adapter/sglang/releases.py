@@ -7,11 +7,8 @@ came back with another meaning would need another table.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
-StructName = Literal["ServerArgs", "SamplingParams"]
-
-RELEASES = ("0.5.15.post1", "0.5.20")
+RELEASES = ("0.5.15.post1", "0.5.20", "0.5.23")
 """Oldest first."""
 
 
@@ -23,7 +20,7 @@ class _Change:
     removed: str = ""
 
 
-_CHANGES: Mapping[StructName, Mapping[str, _Change]] = {
+_CHANGES: Mapping[str, Mapping[str, _Change]] = {
     "ServerArgs": {
         "0.5.20": _Change(
             added="""
@@ -58,8 +55,32 @@ _CHANGES: Mapping[StructName, Mapping[str, _Change]] = {
                 optimistic_prefill_retries prefill_cp_mode torchao_config
             """,
         ),
+        "0.5.23": _Change(
+            added="""
+                _swa_full_tokens_ratio_explicitly_set attn_dp_size aux_hidden_state_capture boundary_reduction
+                constrained_json_max_whitespace_cnt cuda_graph_max_seq_len_prefill cuda_graph_prefill_max_context
+                disable_aiter_allreduce_fusion_in_decode disable_aiter_allreduce_fusion_in_prefill
+                disaggregation_decode_allocation_policy disaggregation_decode_host_receive_threshold
+                disaggregation_enable_kv_checksum dsa_triton_union enable_amd_monokernel enable_cp_tp_group_sharing
+                enable_decoder_swa_bounded_replay enable_dsa_fused_indexer enable_encoder_swa_bounded_replay
+                enable_http_worker_reuseport enable_kv_cache_sharding enable_linker_mla_dedup
+                enable_megamoe_for_layernorm_sp enable_nvidia_megakernel enable_paged_experts enable_pd_role_switch
+                enable_return_aux_hidden_states enable_watermark grpc_response_timeout_secs
+                hicache_host_memory_fraction otlp_service_name paged_experts_num_resident
+                prefill_decode_interval_min_bs prefill_kv_cache_dequant_dtype qsa_indexer_dtype
+                return_aux_hidden_state_layer_ids shared_experts_tp_size speculative_boundary_reduction
+                speculative_draft_sink_size speculative_enable_w4a4_mxfp4_megamoe speculative_use_block_verification
+                swa_prefix_tails trust_request_chat_template unified_cache_external_linker_config watermark_config
+                watermark_context_window watermark_default_enabled watermark_enforce_all watermark_key
+                watermark_key_b watermark_max_probability watermark_mixing_probability
+            """,
+            removed="cuda_graph_tc_compiler elastic_ep_rejoin keep_mm_feature_on_device speculative_skip_dp_mlp_sync",
+        ),
     },
-    "SamplingParams": {"0.5.20": _Change(added="beam_width ebnf_full_assistant")},
+    "SamplingParams": {
+        "0.5.20": _Change(added="beam_width ebnf_full_assistant"),
+        "0.5.23": _Change(added="watermark"),
+    },
 }
 
 
@@ -71,7 +92,7 @@ def installed_release() -> str | None:
         return None
 
 
-def absent(struct: StructName, release: str | None) -> frozenset[str]:
+def absent(struct: str, release: str | None) -> frozenset[str]:
     """Return the fields of a class of SGLang's that are classified and that a release does not have.
 
     release: None, or one that is not in RELEASES, of which nothing is known: no field, so that SGLang itself decides.

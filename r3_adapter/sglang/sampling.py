@@ -54,6 +54,8 @@ NEUTRAL: Mapping[str, Any] = {
     # Several choices have one reply to each prompt no more, and beams are not sampled.
     "n": 1,
     "beam_width": None,
+    # Draws from another distribution than tokens are scored in.
+    "watermark": None,
 }
 """Parameters that change it, or the reply, with the value at which they do not; others are refused."""
 
@@ -105,8 +107,8 @@ def checked_params(params: Mapping[str, Any], *, place: str = "sampling paramete
         # Scored at temperature 1 where all requests of a batch are greedy, and at its own where one is not.
         raise CaptureError(f"{place}: top_k 1 at temperature {temperature} is scored at one or the other; use 0")
     given = {name: value for name, value in params.items() if value is not None}
-    # Beams are newer than the other parameters: a server that has none of them would refuse the word.
-    neutral = {name: value for name, value in NEUTRAL.items() if name != "beam_width"}
+    # These are newer than the other parameters: a server that does not have them would refuse the word.
+    neutral = {name: value for name, value in NEUTRAL.items() if name not in ("beam_width", "watermark")}
     return {"temperature": 1.0, **given, **neutral}
 
 

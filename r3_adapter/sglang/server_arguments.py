@@ -21,6 +21,8 @@ _FOREIGN_KV = "KV that comes back has no experts"
 _ADAPTERS = "rows name the version of the base weights, whichever adapter computed them, and the trainer has none"
 _SCORED = "it changes the distribution that tokens are scored in"
 _PREFILL_CP = ("enable_prefill_cp", "enable_prefill_context_parallel", "enable_dsa_prefill_context_parallel")
+_WHOLE_KERNELS = ("enable_nvidia_megakernel", "enable_amd_monokernel")
+_REPLAYED = "prefill leaves tokens out of some layers, or computes them twice"
 _LOST_RANK = "ranks come and go, and whether a forward pass keeps its rows then is not known"
 
 
@@ -71,6 +73,11 @@ REFUSED: Mapping[str, Refusal] = {
     **{
         name: _only_here(_SEVERAL_RANKS, _NO, "attn_cp_size, which it is for, is refused there") for name in _PREFILL_CP
     },
+    "enable_kv_cache_sharding": _only_here(
+        _SEVERAL_RANKS, _NO, "disaggregation_mode, which it is for, is refused there"
+    ),
+    "enable_encoder_swa_bounded_replay": Refusal(_REPLAYED, _NO),
+    "enable_decoder_swa_bounded_replay": Refusal(_REPLAYED, _NO),
     "enable_unified_memory": Refusal("rows are written at kernel ids and read at virtual ids", _NO),
     "enable_pdmux": Refusal("prefill and decode run at once and write the same rows", _NO),
     "dllm_algorithm": Refusal("a diffusion model computes each KV slot several times"),
@@ -90,6 +97,7 @@ REFUSED: Mapping[str, Refusal] = {
         "it chooses the experts itself",
         refused=("triton_kernel", "flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4"),
     ),
+    **{name: Refusal("its kernels choose the experts themselves", _NO) for name in _WHOLE_KERNELS},
     "kt_max_deferred_experts_per_token": _only_here("experts' outputs reach a later layer", (0,), _OF_SAMPLES),
     "model_impl": _only_here(
         "its MoE layers have no router of SGLang's", (), _NO_CAPTURE, ("transformers", "mindspore")
@@ -106,6 +114,9 @@ REFUSED: Mapping[str, Refusal] = {
     "enable_mis": _only_here("items of one request share positions, and none is sampled", _NO, _OF_SAMPLES),
     # Log-probabilities of another distribution than the trainer's.
     "enable_strict_thinking": _only_here(_SCORED, _NO, _OF_SAMPLES),
+    "enable_watermark": _only_here(
+        "tokens are drawn from another distribution than they are scored in", _NO, _OF_SAMPLES
+    ),
     "sampling_backend": _only_here(
         "what a sampler of your own scores is not known", tuple(each for each in SAMPLERS if each), _OF_SAMPLES
     ),
