@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -24,7 +25,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 # More experts than a byte has values.
 SHAPE = TinyModel(num_layers=4, num_experts=300, topk=2)
 PARAMS = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
-ALLOCATED = "HostCache[routed_experts] allocated"
+# A buffer of one row is that of a rank that keeps none.
+ALLOCATED = re.compile(r"HostCache\[routed_experts\] allocated: shape=\((?!1,)")
 FOLDERS = "r3-routes-*"
 TIMEOUT = 300
 
@@ -77,7 +79,7 @@ def test_ranks_return_the_rows_of_one(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        assert (done.stdout + done.stderr).count(ALLOCATED) == allocated
+        assert len(ALLOCATED.findall(done.stdout + done.stderr)) == allocated, name
         samples[name] = load_samples(out)
         assert set(MEMORY.glob(FOLDERS)) <= before
     for name in LAYOUTS.keys() - {"one"}:
