@@ -113,7 +113,7 @@ class _Stream:
 
 
 def _streams() -> None:
-    """The all-to-all dispatcher copies its split sizes on a side stream."""
+    """The all-to-all dispatcher copies its split sizes on a side stream, and schedule plans keep tensors for one."""
 
     @contextlib.contextmanager
     def stream(_: object) -> Iterator[None]:
@@ -123,6 +123,10 @@ def _streams() -> None:
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
     torch.cuda.current_stream = lambda device=None: only
     torch.cuda.stream = stream
+    torch.Tensor.record_stream = lambda self, stream: None
+    # Before 0.18 the nodes of a plan mark their ranges for a profiler, which builds of torch without CUDA cannot.
+    torch.cuda.nvtx.range_push = lambda message: 0
+    torch.cuda.nvtx.range_pop = lambda: 0
 
 
 def _tensor_type() -> None:

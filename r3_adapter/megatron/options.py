@@ -41,7 +41,6 @@ REFUSED: Mapping[str, Refusal] = {
     "cuda_graph_impl": Refusal(("none",), _GRAPHS),
     "enable_cuda_graph": Refusal(_OFF, _GRAPHS),
     "external_cuda_graph": Refusal(_OFF, _GRAPHS),
-    "overlap_moe_expert_parallel_comm": Refusal(_OFF, "its schedule plan has no argument for routes"),
     "mlp_chunks_for_training": Refusal((1,), "a chunk of the sequence is given no routes"),
     "is_hybrid_model": Refusal(_OFF, _HYBRID),
     "mtp_hybrid_override_pattern": Refusal((None,), _HYBRID),
@@ -81,6 +80,7 @@ _TESTED = """
     moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_score_function moe_router_dtype
     moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias moe_router_fusion moe_aux_loss_coeff
     moe_router_replay_aux_loss moe_z_loss_coeff moe_input_jitter_eps moe_token_dispatcher_type
+    overlap_moe_expert_parallel_comm
 """
 
 TESTED = frozenset(_TESTED.split())

@@ -86,7 +86,9 @@ def _way(chunk: torch.nn.Module, model: Any) -> Way:
     while module is not model:
         way.append((module, ("forward",)))
         module = module.module
-    way += [(model, ("forward",)), (model.decoder, ("forward",))]
+    # The overlapped expert-parallel schedule calls the second one, and then the routers' layers from a plan.
+    overlapped = getattr(model.config, "overlap_moe_expert_parallel_comm", False)
+    way += [(model, ("forward", "build_schedule_plan") if overlapped else ("forward",)), (model.decoder, ("forward",))]
     for layer in model.decoder.layers:
         if layer.is_moe_layer:
             # Read as they are kept, which takes a fifth of the time: this is done for each micro-batch.

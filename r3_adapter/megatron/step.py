@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.batches import MicroBatch
 from r3_adapter.megatron.reach import routed_live
 from r3_adapter.megatron.replay import ReplayBatch, check_dispatch
@@ -72,15 +73,23 @@ def _run(
     """Run all micro-batches; backward too if there is an objective."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    def forward_step(iterator: Iterator[tuple[MicroBatch, ReplayBatch | None]], model: torch.nn.Module) -> Any:
+    def forward_step(
+        iterator: Iterator[tuple[MicroBatch, ReplayBatch | None]], model: Any, return_schedule_plan: bool = False
+    ) -> Any:
         batch, replay = next(iterator)
         arguments: dict[str, Any] = {}
         if replay is not None:
             expect(replay)
             if not live:
                 arguments = replay.model_arguments
+        if return_schedule_plan and batch.temperatures is not None:
+            raise ReplayError(
+                "overlap_moe_expert_parallel_comm=True and a rollout at temperatures other than 1: "
+                "a schedule plan computes the loss after the call that would divide its logits"
+            )
         with scored_at(model, batch):
-            output = model(
+            # The overlapped expert-parallel schedule runs the layers itself, by a plan in place of the output.
+            output = (model.build_schedule_plan if return_schedule_plan else model)(
                 batch.tokens,
                 batch.positions,
                 None,

@@ -28,6 +28,7 @@ from r3_adapter.trace import RoutingTrace
 
 Steps = list[list[ReplayBatch]]
 NUM_SAMPLES = 8
+OVERLAP = "overlap_moe_expert_parallel_comm"
 
 
 def make_samples() -> list[Sample]:
@@ -55,10 +56,14 @@ class Rank:
         self._model, self._layout, self._options, self.batches = model, layout, options, batches
         self.chunks: list[torch.nn.Module] = []
 
-    def step(self, routes: Callable[[list[StepInput]], Steps | None]) -> dict[str, Any]:
-        """Train once; routes: makes them of the inputs. Return a hash of losses, gradients and weights, and counts."""
+    def step(self, routes: Callable[[list[StepInput]], Steps | None], **arguments: Any) -> dict[str, Any]:
+        """Train once; routes: makes them of the inputs. Return a hash of losses, gradients and weights, and counts.
+
+        arguments: of Megatron, that win over those of all steps.
+        """
         torch.manual_seed(0)
-        chunks = build_model(self._model, self._layout, self._options)
+        arguments = {**self._options.megatron_arguments, **arguments}
+        chunks = build_model(self._model, self._layout, replace(self._options, megatron_arguments=arguments))
         self.chunks, optimizer = build_optimizer(chunks, distributed=self._options.distributed_optimizer)
         given = routes([StepInput(each.traces, each.tokens, each.packing) for each in self.batches])
         digest = hashlib.sha256()
@@ -68,12 +73,12 @@ class Rank:
                 optimizer,
                 self.batches,
                 given,
-                keep=lambda _, losses: digest.update(losses.detach().numpy().tobytes()),
+                keep=lambda _, losses: digest.update(losses.detach().float().numpy().tobytes()),
             )
         for chunk in self.chunks:
             for _, parameter in sorted(unwrapped(chunk).named_parameters()):
                 for tensor in (parameter.main_grad, parameter.detach()):
-                    digest.update(tensor.numpy().tobytes())
+                    digest.update(tensor.float().numpy().tobytes())
         return {
             "digest": digest.hexdigest(),
             "per_layer": found.in_layers / max(1, found.layers),
@@ -140,6 +145,8 @@ def main(argv: Sequence[str]) -> None:
     if layout.world_size == 2 and options == TrainerOptions():
         cases.update(wrong_plans(rank, number))
     found: dict[str, Any] = {}
+    if options.megatron_arguments.get(OVERLAP):
+        found["in turns"] = rank.step(rank.prepared, **{OVERLAP: False})
     for name, routes in cases.items():
         try:
             found[name] = rank.step(routes)

@@ -77,7 +77,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moe_expert_capacity_factor": {"moe_expert_capacity_factor": 1.0},
     "moe_enable_routing_replay": {"moe_enable_routing_replay": True},
     "cuda_graph_impl": {"cuda_graph_impl": "local"},
-    "overlap_moe_expert_parallel_comm": {"overlap_moe_expert_parallel_comm": True},
     "batch_p2p_comm": {
         "batch_p2p_comm": True,
         "pipeline_model_parallel_size": 2,

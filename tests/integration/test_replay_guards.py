@@ -19,7 +19,6 @@ OPTIONS = (
     "moe_expert_capacity_factor",
     "moe_enable_routing_replay",
     "cuda_graph_impl",
-    "overlap_moe_expert_parallel_comm",
     "batch_p2p_comm",
 )
 
