@@ -12,6 +12,17 @@ PYTHON=${PYTHON:-python3}
 
 r3_say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
 
+# Print a Python 3.12 or newer, from the path or from where pyenv keeps them; nothing where there is none.
+r3_newer_python() {
+    local python
+    for python in python3.{12..14} "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.{12..14}.*/bin/python; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+}
+
 # r3_pin VARIABLE DISTRIBUTION VERSION PIN...: refuse a version that is none of the pins.
 r3_pin() {
     local variable=$1 distribution=$2 version=$3 pin
