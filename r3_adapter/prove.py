@@ -190,10 +190,12 @@ def perturbed_rollout(
     rng = np.random.default_rng(seed)
     vocab = TinyModel().vocab_size
     prompts = [rng.integers(3, vocab, rng.integers(4, 41)).tolist() for _ in range(num_samples)]
-    # Where requests are to be retracted all of them must ask for more than they were admitted for.
+    # Where requests are to be retracted all of them must ask for more than they were admitted for: SGLang 0.5.23 admits
+    # for all that is asked where a request ignores the end of sequence.
     lengths = [128] * num_samples if scene.retract else rng.integers(32, 97, num_samples).tolist()
     params: Any = [
-        {**SAMPLING[index % 3], "max_new_tokens": length, "ignore_eos": True} for index, length in enumerate(lengths)
+        {**SAMPLING[index % 3], "max_new_tokens": length, "ignore_eos": not scene.retract}
+        for index, length in enumerate(lengths)
     ]
     prompts = [prompts[index // scene.group] for index in range(num_samples)]
     follow_ups = []
