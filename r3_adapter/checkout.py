@@ -18,7 +18,7 @@ from r3_adapter.gittree import commit_steps
 from r3_adapter.moving import mend, move, was_stopped
 from r3_adapter.patchfile import Patch
 from r3_adapter.release import base_of
-from r3_adapter.series import Contents, Series, far, load_series, parsed_version, read_patches
+from r3_adapter.series import Contents, Series, far, is_release, load_series, parsed_version, read_patches
 from r3_adapter.threeway import Fit, fit, paths_of, show
 from r3_adapter.transaction import exclusive
 
@@ -222,10 +222,18 @@ class Near:
         pins = ", ".join(series.version for series in self.checkout.pins)
         return (
             f"{self.checkout}: {self.describe()} (there are series for {pins}); nothing changed. These do not:\n"
-            f"{show(self.fit.conflicts)}\n"
-            "Check out a version that is nearer, or make a series: "
-            f"`r3 patch rebase {self.checkout.distribution} {self.checkout.version or 'VERSION'}`"
+            f"{show(self.fit.conflicts)}\n{self._way_out()}"
         )
+
+    def _way_out(self) -> str:
+        """Return what to do. A series is made of a release; a tree between two releases has none of its own."""
+        name, version = self.checkout.distribution, self.checkout.version
+        if version in (series.version for series in self.checkout.pins):
+            return f"Check out a commit where these lines are as {version} has them"
+        nearer = "Check out a version that is nearer"
+        if is_release(version):
+            return f"{nearer}, or, of the release, make a series: `r3 patch rebase {name} {version}`"
+        return f"{nearer}; {version or 'this'} is no release, of which `r3 patch rebase` could make a series"
 
 
 def nearest(checkout: Checkout, commit: str) -> Near:

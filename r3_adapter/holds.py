@@ -17,33 +17,10 @@ from typing import Any
 from r3_adapter.checkout import Made
 from r3_adapter.errors import PatchError, R3Error
 from r3_adapter.processes import run_together
-from r3_adapter.series import Series, upstream_tests
+from r3_adapter.series import Series, write_upstream_tests
 
 TIMEOUT = 1200.0
 """Seconds for the imports and the tests together; engines take long to import, and compile."""
-
-TEST_UTILITIES = """
-import tempfile
-from pathlib import Path
-
-import torch
-from megatron.core import parallel_state
-
-
-class Utils:
-    @staticmethod
-    def initialize_model_parallel(*args, **kwargs):
-        if not torch.distributed.is_initialized():
-            method = f"file://{Path(tempfile.mkdtemp(), 'rendezvous')}"
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, init_method=method, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel(*args, **kwargs)
-
-    @staticmethod
-    def destroy_model_parallel():
-        parallel_state.destroy_model_parallel()
-"""
-"""Megatron-LM's tests take this from its repository, for several GPUs; this is for one process."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +57,10 @@ def check(made: Made, python: Path, *, tests: bool = True) -> list[str]:
         ]
         if wrong:
             raise PatchError(f"{made.checkout}: the patched files do not hold; nothing changed:\n" + "\n".join(wrong))
-        written = _write_tests(made, folder / "tests") if tests else []
+        written = write_upstream_tests(series, folder / "tests") if tests else []
         modules = [_module(series, path) for path in sources]
-        found = _probe(made, after, modules, written, python, folder / "after")
+        files = [str(path) for path in written if path.name.startswith("test_")]
+        found = _probe(made, after, modules, files, python, folder / "after")
         said, wrong = _imports(made, before, found["imports"], python, folder / "before")
         if tests:
             more, failed = _tests(found["tests"], python)
@@ -160,19 +138,6 @@ def _sources(made: Made) -> dict[str, bytes]:
 
 def _module(series: Series, path: str) -> str:
     return path.removeprefix(series.prefix).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-
-
-def _write_tests(made: Made, folder: Path) -> list[str]:
-    written = []
-    for path, data in upstream_tests(made.series, made.patches).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-        if PurePosixPath(path).name.startswith("test_"):
-            written.append(str(folder / path))
-    if made.series.distribution == "megatron-core":
-        (folder / "tests/unit_tests").mkdir(parents=True, exist_ok=True)
-        (folder / "tests/unit_tests/test_utilities.py").write_text(TEST_UTILITIES, encoding="utf-8")
-    return written
 
 
 def _probe(

@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 
 from r3_adapter.errors import PatchError
 from r3_adapter.record import Note, Record, journal_path, read_record, record_path
-from r3_adapter.series import ABSENT, Contents, Hashes, Series, digest, far, read_patches
+from r3_adapter.series import ABSENT, Contents, Hashes, Series, digest, far, is_release, read_patches
 from r3_adapter.threeway import fit, paths_of
 from r3_adapter.transaction import is_begun
 
@@ -154,7 +154,9 @@ def _nearest(status: Status) -> str:
     if not found:
         return ""
     _, _, version, fitted = min(found, key=lambda each: each[:2])
-    command = f"`r3 patch rebase {status.distribution} {status.installed}`"
+    # What no registry has must come from where it was installed from.
+    wheel = "" if is_release(status.installed) else " --wheel FILE"
+    command = f"`r3 patch rebase {status.distribution} {status.installed}{wheel}`"
     return f"the nearest series is that for {version}: {fitted}; {command} makes one"
 
 

@@ -1,10 +1,7 @@
 """The released files of a distribution: from a git repository's objects, from what is installed, or from pip."""
 
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from r3_adapter.git import Repo, read_blobs
 from r3_adapter.patchfile import Patch
 from r3_adapter.patching import released
 from r3_adapter.series import ABSENT, Contents, Series, digest, load_series
+from r3_adapter.wheels import download, wheel_files
 
 
 def base_of(
@@ -53,7 +51,7 @@ def release_files(name: str, version: str, prefix: str, package: str) -> Content
     Raises:
         PatchError: The version is not installed, and pip does not give its wheel.
     """
-    top = package.split("/", maxsplit=1)[0] + "/"
+    top = package.partition("/")[0]
     found = installed.find(name, None)
     files = _as_installed(found, top) if found and found.version == version else None
     if files is None:
@@ -77,7 +75,7 @@ def _as_installed(found: Distribution, top: str) -> Contents | None:
     status = installed.inspect(found.name, pins, None)
     if status.state not in (installed.State.APPLIED, installed.State.NOT_APPLIED):
         return None
-    paths = [str(path) for path in found.files or () if str(path).startswith(top) and path.suffix != ".pyc"]
+    paths = [str(path) for path in found.files or () if path.parts[0] == top and path.suffix != ".pyc"]
     contents = installed.read_files(site, paths) | released(status)
     return {path: data for path, data in contents.items() if data is not None}
 
@@ -85,16 +83,4 @@ def _as_installed(found: Distribution, top: str) -> Contents | None:
 def _downloaded(name: str, version: str, top: str) -> Contents:
     """Return the files of a wheel that pip downloads."""
     with tempfile.TemporaryDirectory(prefix="r3-patch-") as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        options = ["--only-binary", ":all:", "--ignore-requires-python", "--dest", folder]
-        ran = subprocess.run([*pip, *options, f"{name}=={version}"], capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if ran.returncode or len(wheels) != 1:
-            said = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")] or ran.stderr.splitlines()
-            raise PatchError(f"{name} {version}: pip gives no wheel: {said[-1] if said else ran.returncode}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            return {path: wheel.read(path) for path in _files(wheel.namelist(), top)}
-
-
-def _files(paths: Iterable[str], top: str) -> list[str]:
-    return [path for path in paths if path.startswith(top) and not path.endswith("/")]
+        return dict(wheel_files(download(name, version, Path(folder)), top, source=False))

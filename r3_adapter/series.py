@@ -24,6 +24,29 @@ TEST_FOLDERS = ("test/", "tests/")
 _ENTRY = re.compile(r"(\.\./(?P<folder>[^./][^/]*)/)?(?P<name>[^./][^/]*\.patch)")
 _LOCK_HEAD = "# The file hashes are written by `r3 patch lock`: sha256 before and after the whole series.\n"
 _HASH = re.compile(rf"[0-9a-f]{{64}}|{ABSENT}")
+_UTILITIES = "tests/unit_tests/test_utilities.py"
+_ONE_PROCESS = """
+import tempfile
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+
+class Utils:
+    @staticmethod
+    def initialize_model_parallel(*args, **kwargs):
+        if not torch.distributed.is_initialized():
+            method = f"file://{Path(tempfile.mkdtemp(), 'rendezvous')}"
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend, init_method=method, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(*args, **kwargs)
+
+    @staticmethod
+    def destroy_model_parallel():
+        parallel_state.destroy_model_parallel()
+"""
+"""Megatron-LM's tests take this from its repository, for several GPUs; this is for one process."""
 
 Contents = dict[str, bytes | None]
 """Bytes of files by path; None stands for no file."""
@@ -221,13 +244,20 @@ def upstream_tests(series: Series, patches: Iterable[Patch]) -> dict[str, bytes]
 
 def write_upstream_tests(series: Series, folder: Path) -> list[Path]:
     """Write the upstream tests that the series brings below a folder, under their upstream paths; return the files."""
-    written = []
-    for path, data in upstream_tests(series, read_patches(series)).items():
+    return write_tests(series.distribution, upstream_tests(series, read_patches(series)), folder)
+
+
+def write_tests(distribution: str, tests: Mapping[str, bytes], folder: Path) -> list[Path]:
+    """Write upstream tests below a folder, and what these take from upstream's repository; return the tests.
+
+    tests: by upstream path.
+    """
+    needed = {_UTILITIES: _ONE_PROCESS.encode()} if distribution == "megatron-core" else {}
+    for path, data in (needed | dict(tests)).items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-        written.append(target)
-    return written
+    return [folder / path for path in tests]
 
 
 def parsed_version(text: str) -> Version | None:
@@ -236,6 +266,12 @@ def parsed_version(text: str) -> Version | None:
         return Version(text)
     except InvalidVersion:
         return None
+
+
+def is_release(version: str) -> bool:
+    """Say whether a version is one that a registry may have as a release: no candidate, no build of a commit."""
+    found = parsed_version(version)
+    return found is not None and not found.is_prerelease and not found.local
 
 
 def far(version: str, pin: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

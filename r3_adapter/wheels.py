@@ -19,9 +19,12 @@ NEWEST = "newest"
 """In place of a version: the newest one that the registry has."""
 
 _PYTHONS = ("3.12", "3.11", "3.13", "3.14", "3.10")
+_TRIES = 2
+"""Pythons for which the registry has no version at all; it is not asked for more then, or is not there."""
 _RECORD = re.compile(r"[^/]+\.dist-info/RECORD")
+_SOURCE = (".py", ".pyi")
 _MOST = 2**30
-"""Bytes of a wheel's source files, unpacked."""
+"""Bytes of what is read of a wheel, unpacked."""
 
 
 def download(name: str, version: str, folder: Path) -> Path:
@@ -34,7 +37,7 @@ def download(name: str, version: str, folder: Path) -> Path:
     """
     wanted = name if version == NEWEST else f"{name}=={checked_version(version)}"
     mine = f"{sys.version_info.major}.{sys.version_info.minor}"
-    said = ""
+    said, nothing = "", 0
     for python in dict.fromkeys(_PYTHONS if version == NEWEST else (mine, *_PYTHONS)):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         options = ["--only-binary=:all:", f"--python-version={python}", f"--dest={folder}"]
@@ -45,6 +48,9 @@ def download(name: str, version: str, folder: Path) -> Path:
         lines = ran.stderr.splitlines()
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
         said = (errors or lines or [f"exit code {ran.returncode}"])[-1]
+        nothing += "(from versions: none)" in ran.stderr
+        if nothing == _TRIES:
+            break
     raise PatchError(f"{wanted}: pip gives no wheel: {said}")
 
 
@@ -75,10 +81,11 @@ def version_of(wheel: Path, name: str) -> str:
     return str(version)
 
 
-def wheel_files(wheel: Path, package: str) -> dict[str, bytes]:
-    """Return the source files of a package in a wheel, by path in site-packages.
+def wheel_files(wheel: Path, package: str, *, source: bool = True) -> dict[str, bytes]:
+    """Return the files of a package in a wheel, by path in site-packages.
 
     package: the folder that they are in or below.
+    source: only those of Python source.
 
     Raises:
         PatchError: It is not a wheel; a path leads elsewhere or comes twice; a file is not as its RECORD says.
@@ -89,9 +96,10 @@ def wheel_files(wheel: Path, package: str) -> dict[str, bytes]:
             (record,) = [info for info in entries if _RECORD.fullmatch(info.filename)]
             hashes = {row[0]: row[1] for row in csv.reader(io.StringIO(archive.read(record).decode())) if len(row) > 1}
             _check_paths(wheel, [info.filename for info in entries])
-            wanted = [info for info in entries if _is_source(info.filename, package)]
-            if sum(info.file_size for info in wanted) > _MOST:
-                raise PatchError(f"{wheel}: more than {_MOST} bytes of source")
+            inside = [info for info in entries if info.filename.startswith(f"{package}/")]
+            wanted = [info for info in inside if not source or info.filename.endswith(_SOURCE)]
+            if (size := sum(info.file_size for info in wanted)) > _MOST:
+                raise PatchError(f"{wheel}: {size} bytes in {package} > {_MOST}")
             files = {info.filename: archive.read(info) for info in wanted}
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, csv.Error) as error:
         if isinstance(error, PatchError):
@@ -102,12 +110,8 @@ def wheel_files(wheel: Path, package: str) -> dict[str, bytes]:
         if hashes.get(path) != have:
             raise PatchError(f"{wheel}: {path}: {have} != {hashes.get(path)} in RECORD")
     if not files:
-        raise PatchError(f"{wheel}: no source files in {package}")
+        raise PatchError(f"{wheel}: no {'source ' if source else ''}files in {package}")
     return files
-
-
-def _is_source(path: str, package: str) -> bool:
-    return path.startswith(f"{package}/") and path.endswith((".py", ".pyi"))
 
 
 def _check_paths(wheel: Path, paths: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from r3_adapter import patching
 from r3_adapter.errors import PatchError
 from r3_adapter.record import record_path
-from r3_adapter.series import TEST_FOLDERS, Contents, Series
+from r3_adapter.series import TEST_FOLDERS, Contents, Series, write_tests
 
 _TIMEOUT = 1800
 _WHERE = """
@@ -37,27 +37,6 @@ import pytest
 options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "--noconftest", "--import-mode=importlib", "-c", "/dev/null"]
 sys.exit(pytest.main([*options, *sys.argv[1:]]))
 """
-# Upstream's tests take this from its repository; here one process stands for its GPUs.
-_MEGATRON_UTILITIES = """
-import tempfile
-from pathlib import Path
-
-import torch
-from megatron.core import parallel_state
-
-
-class Utils:
-    @staticmethod
-    def initialize_model_parallel(*args, **kwargs):
-        if not torch.distributed.is_initialized():
-            method = f"file://{Path(tempfile.mkdtemp(), 'rendezvous')}"
-            torch.distributed.init_process_group("gloo", init_method=method, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel(*args, **kwargs)
-
-    @staticmethod
-    def destroy_model_parallel():
-        parallel_state.destroy_model_parallel()
-"""
 
 
 def run_unit_tests(python: Path, series: Series, version: str, changed: Contents, folder: Path) -> tuple[bool, str]:
@@ -70,13 +49,9 @@ def run_unit_tests(python: Path, series: Series, version: str, changed: Contents
         PatchError: That Python does not have this release.
     """
     site = _mirror(python, series, version, changed, folder / "site")
-    tests = []
-    for path, data in changed.items():
-        if path.startswith(TEST_FOLDERS) and data is not None:
-            target = folder / "tests" / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-            tests += [str(target)] if target.name.startswith("test_") else []
+    brought = {path: data for path, data in changed.items() if path.startswith(TEST_FOLDERS) and data is not None}
+    written = write_tests(series.distribution, brought, folder / "tests")
+    tests = [str(path) for path in written if path.name.startswith("test_")]
     if not tests:
         return True, "has none"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, folder / "tests")))}
@@ -85,9 +60,6 @@ def run_unit_tests(python: Path, series: Series, version: str, changed: Contents
         env |= json.loads(_asked(python, env, _VARIABLES))
     elif series.distribution == "megatron-core":
         script = _STAND_INS + _RUN
-        utilities = folder / "tests/tests/unit_tests/test_utilities.py"
-        utilities.parent.mkdir(parents=True, exist_ok=True)
-        utilities.write_text(_MEGATRON_UTILITIES, encoding="utf-8")
     command = [str(python), "-c", script, *tests]
     try:
         ran = subprocess.run(

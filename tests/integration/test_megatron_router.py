@@ -22,28 +22,6 @@ HERE = Path(__file__).parent
 NAME = "megatron-core"
 TIMEOUT = 240
 
-# Upstream's tests take this from its repository; here one process on the CPU stands for its GPUs.
-TEST_UTILITIES = """
-import tempfile
-from pathlib import Path
-
-import torch
-from megatron.core import parallel_state
-
-
-class Utils:
-    @staticmethod
-    def initialize_model_parallel(*args, **kwargs):
-        if not torch.distributed.is_initialized():
-            method = f"file://{Path(tempfile.mkdtemp(), 'rendezvous')}"
-            torch.distributed.init_process_group("gloo", init_method=method, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel(*args, **kwargs)
-
-    @staticmethod
-    def destroy_model_parallel():
-        parallel_state.destroy_model_parallel()
-"""
-
 # warnings: Megatron gives some when it is imported without TransformerEngine.
 RUN_PYTEST = """
 import sys
@@ -105,7 +83,6 @@ def test_without_routes_it_computes_the_released_bits(trees: Mapping[State, Path
 
 def test_upstream_tests_of_the_series_pass(series: Series, trees: Mapping[State, Path], tmp_path: Path) -> None:
     written = write_upstream_tests(series, tmp_path)
-    (tmp_path / "tests/unit_tests/test_utilities.py").write_text(TEST_UTILITIES)
     for interpret in (False, True):
         chosen = [str(path) for path in written if ("fusions" in path.parts) is interpret]
         run(trees[State.APPLIED], "-c", RUN_PYTEST, *chosen, path=tmp_path, interpret=interpret)

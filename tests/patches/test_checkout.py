@@ -115,10 +115,28 @@ def test_others_commits_on_the_same_lines_are_conflicts_and_nothing_changes(tree
     with pytest.raises(PatchError) as refused:
         run("apply", tree, world)
     said = str(refused.value)
-    assert "the nearest series is that for 1.0: " in said and "`r3 patch rebase alpha 1.0`" in said
+    assert "the nearest series is that for 1.0: " in said
+    assert said.endswith("\nCheck out a commit where these lines are as 1.0 has them")
     assert "0001-half.patch:\n    alpha/core/a.py: hunk 1 of 1, @@ -1,2 +1,2 @@: 1 of its 2 old lines are not" in said
     assert "why: Why" in said
     assert state_of(tree) == before
+
+
+@pytest.mark.parametrize(
+    ("version", "way_out"),
+    [
+        ("1.1", ", or, of the release, make a series: `r3 patch rebase alpha 1.1`"),
+        ("1.1rc0", "; 1.1rc0 is no release, of which `r3 patch rebase` could make a series"),
+        ("1.1+g0abc", "; 1.1+g0abc is no release, of which `r3 patch rebase` could make a series"),
+        ("", "; this is no release, of which `r3 patch rebase` could make a series"),
+    ],
+)
+def test_a_series_is_to_be_made_of_releases_only(tree: Repo, world: World, version: str, way_out: str) -> None:
+    said = f'__version__ = "{version}"\n'.encode()
+    commit_files(tree, {FILE: b"def f():\n    return 7\n", "alpha/core/version.py": said}, "theirs")
+    with pytest.raises(PatchError) as refused:
+        run("apply", tree, world)
+    assert str(refused.value).endswith(f"\nCheck out a version that is nearer{way_out}")
 
 
 def test_without_released_files_the_context_decides(world: World, tmp_path: Path) -> None:

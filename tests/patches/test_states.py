@@ -128,15 +128,17 @@ def test_an_editable_install_is_named(world: World, version: str) -> None:
     )
 
 
-def test_a_version_without_a_series_says_how_near_the_nearest_is(world: World) -> None:
+@pytest.mark.parametrize(("version", "wheel"), [("1.1", ""), ("1.1.dev3+g0abc", " --wheel FILE")])
+def test_a_version_without_a_series_says_how_near_the_nearest_is(world: World, version: str, wheel: str) -> None:
     world.uninstall("alpha")
-    world.install("alpha", "1.1", {**ALPHA_OLD, "alpha/core/a.py": b"def f():\n    return 7\n"})
+    world.install("alpha", version, {**ALPHA_OLD, "alpha/core/a.py": b"def f():\n    return 7\n"})
     with pytest.raises(PatchError) as caught:
         world.apply("alpha")
-    assert str(caught.value) == (
-        "alpha 1.1: version not pinned: installed 1.1 != 1.0, which the patches are for;"
-        " the nearest series is that for 1.0: 3 of 5 hunks fit; `r3 patch rebase alpha 1.1` makes one"
-    )
+    near = f"the nearest series is that for 1.0: 3 of 5 hunks fit; `r3 patch rebase alpha {version}{wheel}` makes one"
+    reason = f"version not pinned: installed {version} != 1.0, which the patches are for"
+    assert str(caught.value) == f"alpha {version}: {reason}; {near}"
+    (found,) = patching.status(["alpha"], site=world.site, root=world.root)
+    assert patching.advice(found) == near
 
 
 def test_metadata_without_a_version_is_named_and_does_not_block(world: World) -> None:
