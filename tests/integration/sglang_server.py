@@ -201,8 +201,8 @@ def serve(folder: Path, weights: Mapping[str, Path], settings: EngineSettings) -
     environment, log = environment_of(folder), folder / "log"
     if settings.perturb is not None:
         environment[VARIABLE] = str(settings.perturb)
-    if settings.pp_size > 1 and not has_gpu():
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(settings.pp_size)))
+    if settings.pp_size > 1:
+        environment = on_cores(environment, range(settings.pp_size))
     with log.open("wb") as out:
         process = subprocess.Popen(
             command(settings), env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -249,7 +249,22 @@ def worker(request: Path, samples: Path) -> list[str]:
     return [sys.executable, "-m", "r3_adapter.sglang.worker", str(request), str(samples)]
 
 
-def on_core(environment: Mapping[str, str], core: int) -> dict[str, str]:
-    """Return variables that keep an engine without a GPU to one core."""
-    core %= os.cpu_count() or 1
-    return {**environment, **({} if has_gpu() else {"SGLANG_CPU_OMP_THREADS_BIND": str(core)})}
+def part(name: str) -> Path:
+    """Return where a file of the installed SGLang's sglang/srt is, or would be."""
+    return Path(str(distribution("sglang").locate_file(f"sglang/srt/{name}")))
+
+
+def on_cores(environment: Mapping[str, str], cores: Sequence[int], tp_size: int = 1) -> dict[str, str]:
+    """Return variables that keep the ranks of an engine without a GPU to a core each.
+
+    cores: [pp_size * tp_size], stage by stage.
+
+    Source: sglang@0.5.20: srt/utils/numa_utils.py:init_threads_binding; sglang@0.5.15.post1, which takes a core for
+        each rank of a stage, the same in all stages: srt/model_executor/model_runner.py:init_threads_binding
+    """
+    if has_gpu():
+        return dict(environment)
+    numa = part("utils/numa_utils.py")
+    asked = cores if "def init_threads_binding(" in numa.read_text() else cores[:tp_size]
+    found = "|".join(str(core % (os.cpu_count() or 1)) for core in asked)
+    return {**environment, "SGLANG_CPU_OMP_THREADS_BIND": found}

@@ -100,7 +100,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
         request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": params}
         (folder / f"{family.name}.json").write_text(json.dumps(request), encoding="utf-8")
         commands.append(sglang.worker(folder / f"{family.name}.json", folder / f"{family.name}-samples"))
-        environments.append(sglang.on_core(environment, core))
+        environments.append(sglang.on_cores(environment, [core]))
     run_together(commands, env=environments, timeout=sglang.TIMEOUT)
     return {
         family.name: (folder / family.name, load_samples(folder / f"{family.name}-samples")) for family in (GLM4, OLMOE)

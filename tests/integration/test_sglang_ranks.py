@@ -1,21 +1,18 @@
 """Several ranks, tensor-parallel, with DP attention or in a pipeline: their routes are those of one."""
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from r3_adapter import patching
 from r3_adapter.rollout import load_samples
-from r3_adapter.series import load_series
-from r3_adapter.sglang.cpu import cpu_environment, has_gpu
+from r3_adapter.sglang.cpu import has_gpu
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.watchdog import MEMORY
@@ -30,18 +27,10 @@ ALLOCATED = re.compile(r"HostCache\[routed_experts\] allocated: shape=\((?!1,)")
 FOLDERS = "r3-routes-*"
 TIMEOUT = 300
 
+SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
+sglang = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(sglang)
 
-def _is_patched() -> bool:
-    try:
-        version = distribution("sglang").version
-    except PackageNotFoundError:
-        return False
-    known = version in [series.version for series in load_series().get("sglang", ())]
-    return known and all(found.state is patching.State.APPLIED for found in patching.status(["sglang"]))
-
-
-if not _is_patched():
-    pytest.skip("sglang is not installed with its patches", allow_module_level=True)
 if (os.cpu_count() or 1) < 2 or has_gpu():
     pytest.skip("needs two cores", allow_module_level=True)
 
@@ -49,13 +38,13 @@ if (os.cpu_count() or 1) < 2 or has_gpu():
 DP = {"dp_size": 2, "enable_dp_attention": True}
 # Cores of the ranks, ranks that keep rows, settings. Tensor-parallel ranks and those of a pipeline keep the rows once;
 # ranks of DP attention each keep those of their own requests. Chunks of 4 tokens cut the longer prompts.
-LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "one": ("0", 1, {}),
-    "tp": ("0|1", 1, {"tp_size": 2, "shared_memory": True}),
-    "dp": ("0|1", 2, {"tp_size": 2, "extra": DP}),
-    "pp 3, async": ("0|1|0", 1, {"pp_size": 3, "extra": {"pp_async_batch_depth": 1, "chunked_prefill_size": 4}}),
-    "tp, pp": ("0|1|0|1", 1, {"tp_size": 2, "pp_size": 2, "shared_memory": True}),
-    "dp, pp": ("0|1|0|1", 2, {"tp_size": 2, "pp_size": 2, "extra": DP}),
+LAYOUTS: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
+    "one": ((0,), 1, {}),
+    "tp": ((0, 1), 1, {"tp_size": 2, "shared_memory": True}),
+    "dp": ((0, 1), 2, {"tp_size": 2, "extra": DP}),
+    "pp 3, async": ((0, 1, 0), 1, {"pp_size": 3, "extra": {"pp_async_batch_depth": 1, "chunked_prefill_size": 4}}),
+    "tp, pp": ((0, 1, 0, 1), 1, {"tp_size": 2, "pp_size": 2, "shared_memory": True}),
+    "dp, pp": ((0, 1, 0, 1), 2, {"tp_size": 2, "pp_size": 2, "extra": DP}),
 }
 
 
@@ -64,6 +53,7 @@ def test_ranks_return_the_rows_of_one(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     # Batches of unequal size: ranks of DP attention pad theirs.
     prompts = [rng.integers(3, SHAPE.vocab_size, length).tolist() for length in (6, 15, 3)]
+    environment = sglang.environment_of(tmp_path)
     samples, before = {}, set(MEMORY.glob(FOLDERS))
     for name, (cores, allocated, options) in LAYOUTS.items():
         settings = EngineSettings(str(tmp_path / "model"), dtype="float32", log_level="info", **{**ENGINE, **options})
@@ -71,8 +61,8 @@ def test_ranks_return_the_rows_of_one(tmp_path: Path) -> None:
         (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
         out = tmp_path / name
         done = subprocess.run(
-            [sys.executable, "-m", "r3_adapter.sglang.worker", str(tmp_path / "request.json"), str(out)],
-            env={**os.environ, **cpu_environment(), "SGLANG_CPU_OMP_THREADS_BIND": cores},
+            sglang.worker(tmp_path / "request.json", out),
+            env=sglang.on_cores(environment, cores, settings.tp_size),
             capture_output=True,
             text=True,
             timeout=TIMEOUT,

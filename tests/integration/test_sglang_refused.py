@@ -37,7 +37,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Pope
     with (folder / "log").open("w") as out:
         process = subprocess.Popen(
             sglang.command(settings),
-            env=sglang.on_core(sglang.environment_of(folder), 1),
+            env=sglang.on_cores(sglang.environment_of(folder), [1]),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
