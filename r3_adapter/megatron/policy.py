@@ -77,6 +77,7 @@ class Figures:
     kl_ref, nll: sums over the same tokens, of k3 to the reference, if there is one, and of the negative
         log-probability. loss: a sum over the tokens trained on.
     rows: replayed, live, padding, stale; on the first pipeline stage.
+    micro_batches: all, and those whose dispatch was planned from their routes; on the first pipeline stage.
     agreement: ids of the routes, and how many of them live routers use, by layer; where counted.
     seconds: by stage. "replay" is what routers take longer than live ones, measured where agreement was counted last.
     """
@@ -89,6 +90,7 @@ class Figures:
     nll: float = 0.0
     grad_norms: list[float] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
+    micro_batches: dict[str, int] = field(default_factory=dict)
     agreement: dict[int, tuple[int, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     resident_bytes: int = 0
@@ -247,6 +249,8 @@ class PolicyTrainer:
                 "padding": sum(each.num_padding for each in first),
                 "stale": sum(batch.num_stale for batch in routes[0]),
             }
+            planned = sum(batch.plan.counts is not None for batch in routes[0])
+            figures.micro_batches = {"all": len(first), "planned": planned}
         return routes
 
     def _count_agreement(self, batches: Sequence[MicroBatch], routes: Routes, figures: Figures) -> None:

@@ -1,6 +1,6 @@
 """From rollouts to what the trainer's ranks are given, and from their figures to a step's metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,6 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
     for rollout in rollouts:
         for stage, spent in rollout.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
-    kinds = dict.fromkeys(kind for each in figures for kind in each.rows)
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std()),
@@ -97,7 +96,8 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
         "response_tokens": gap.tokens,
         "samples": len(items),
         "agreement": {str(layer): int(equal) / max(1, int(ids)) for layer, (ids, equal) in sorted(agreement.items())},
-        "rows": {kind: sum(each.rows.get(kind, 0) for each in figures) for kind in kinds},
+        "rows": _summed([each.rows for each in figures]),
+        "micro_batches": _summed([each.micro_batches for each in figures]),
         "seconds": seconds,
         "bytes": {"routes": sum(item.ref.num_bytes for item in items)},
         "memory": {
@@ -105,3 +105,8 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
             "engine_rss": sum(rollout.resident_bytes for rollout in rollouts),
         },
     }
+
+
+def _summed(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    kinds = dict.fromkeys(kind for each in counts for kind in each)
+    return {kind: sum(each.get(kind, 0) for each in counts) for kind in kinds}

@@ -16,7 +16,7 @@ MAX_FILE_BYTES = 1 << 30
 Step = Mapping[str, Any]
 Number = int | float
 
-_OBJECTS = ("agreement", "rows", "seconds", "bytes", "memory")
+_OBJECTS = ("agreement", "rows", "micro_batches", "seconds", "bytes", "memory")
 _KINDS = {str: "a string", dict: "an object", int: "a whole number"}
 _CONFIG = {"name": str, "flags": dict, "model": str, "layout": dict, "seed": int, "versions": dict}
 

@@ -226,6 +226,7 @@ def _rows() -> list[Row]:
         Row("gradient norm, mean", average(at("grad_norm")), _short),
     ]
     rows += [Row(f"rows {kind}", total(at(f"rows/{kind}")), _count) for kind in ROWS]
+    rows += [Row(f"micro-batches {kind}", total(at(f"micro_batches/{kind}")), _count) for kind in ("all", "planned")]
     return [
         *rows,
         Row("seconds a step", average(at("seconds/step")), _short),

@@ -142,6 +142,8 @@ def test_every_layout_makes_the_same_step(
     assert loss_of(found) == pytest.approx(loss_of([want]), rel=1e-4, abs=1e-6)
     for each in found:
         assert each["grad_norms"] == pytest.approx(want["grad_norms"], rel=1e-4)
+    if LAYOUTS[name].ep > 1:
+        assert all(each["micro_batches"]["planned"] == each["micro_batches"]["all"] > 0 for each in found)
     moved = tensors(tmp_path / "out" / "after 1")
     for key, tensor in after.items():
         # Adam's first step is the learning rate (1e-4) in the gradient's direction: where that is almost 0, rounding
@@ -157,6 +159,7 @@ def test_replaying_its_own_routes_changes_no_bit(checkpoint: Path, perturbed: li
         (tmp_path / replay).mkdir()
         ranks = run(tmp_path / replay, checkpoint, perturbed[:4], LAYOUTS["ep2"], replay=replay)
         assert all(each["rows"]["replayed"] == 0 for each in ranks)
+        assert all(each["micro_batches"]["planned"] == 0 for each in ranks)
         assert max(each["gap"]["max_abs"] for each in ranks) > 1e-2, "live routers are far from the rollout"
         found[replay] = tensors(tmp_path / replay / "out" / "after 1")
         nll = transformers_nll(tmp_path / replay / "out" / "before", perturbed[:4])

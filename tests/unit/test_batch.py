@@ -93,11 +93,15 @@ def test_figures_of_ranks_add_up() -> None:
     made = [
         Figures(gap=parts[0], loss=1.0, num_trained=10, nll=5.0, grad_norms=[2.0], rows={"replayed": 3, "stale": 0}),
         Figures(gap=parts[1], loss=2.0, num_trained=90, nll=7.0, grad_norms=[2.0], rows={"replayed": 4, "stale": 0}),
-        Figures(grad_norms=[2.0], agreement={1: (10, 9)}, seconds={"train": 2.0}),
-        Figures(grad_norms=[2.0], agreement={1: (10, 8)}, seconds={"train": 3.0}),
+        Figures(
+            grad_norms=[2.0], agreement={1: (10, 9)}, seconds={"train": 2.0}, micro_batches={"all": 2, "planned": 0}
+        ),
+        Figures(
+            grad_norms=[2.0], agreement={1: (10, 8)}, seconds={"train": 3.0}, micro_batches={"all": 2, "planned": 2}
+        ),
     ]
     found = metrics_of(rollouts([5] * 8), items_of(rollouts([5] * 8), "grpo"), made)
-    assert found["rows"] == {"replayed": 7, "stale": 0}
+    assert found["rows"] == {"replayed": 7, "stale": 0} and found["micro_batches"] == {"all": 4, "planned": 2}
     assert found["agreement"] == {"1": 0.85} and found["seconds"]["train"] == 3.0
     assert found["loss"] == pytest.approx(0.03) and found["entropy"] == pytest.approx(0.12)
     assert found["reward"] == 0.5 and found["bytes"]["routes"] == 400
