@@ -74,9 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [pin for pin in options.pins if pin not in known]
     if unknown:
         parser.error(f"no pins: {', '.join(unknown)}; pins: {', '.join(known)}")
-    results = []
+    results: list[dict] = []
+    shared: dict[str, str] = {}
     for pin in options.pins or known:
-        results.append(test_pin(pin, options.quick))
+        results.append(test_pin(pin, options.quick, shared))
         print(json.dumps(results[-1]), flush=True)
     print_table(results)
     return int(not all(result["passed"] for result in results))
@@ -87,13 +88,16 @@ def all_pins() -> list[str]:
     return [f"{path.parts[-3]}=={path.parts[-2]}" for path in sorted((REPO / "patches").glob("*/*/series"))[::-1]]
 
 
-def test_pin(pin: str, quick: bool) -> dict:
-    """Run a pin's steps and return what became of them; without an environment there are no further ones."""
+def test_pin(pin: str, quick: bool, shared: dict[str, str]) -> dict:
+    """Run a pin's steps and return what became of them; without an environment there are no further ones.
+
+    shared: the environments that pins of Megatron-core took turns in so far, by interpreter.
+    """
     say(pin)
     result: dict = {"pin": pin, "quick": quick, "environment": None, "steps": {}, "passed": False}
     with tempfile.TemporaryDirectory(prefix="r3-pins-") as folder:
         log = Path(folder, "log")
-        if not run_setup(pin, result, log):
+        if not run_setup(pin, result, log, shared):
             return result
         for name, command in steps(pin, Path(result["environment"]), quick).items():
             result["steps"][name] = run_step(pin, name, command, log)
@@ -101,7 +105,7 @@ def test_pin(pin: str, quick: bool) -> dict:
     return result
 
 
-def run_setup(pin: str, result: dict, log: Path) -> bool:
+def run_setup(pin: str, result: dict, log: Path, shared: dict[str, str]) -> bool:
     """Make the pin's environment with its engine patched; note it in the result, and return whether it is there."""
     distribution, version = pin.split("==")
     environment = dict(os.environ)
@@ -111,11 +115,16 @@ def run_setup(pin: str, result: dict, log: Path) -> bool:
         environment["SGLANG_VERSION"] = version
     elif tuple(map(int, version.split(".")[:2])) >= (0, 17):
         environment["PYTHON"] = newer_python()
-    result["steps"]["setup"] = run_step(pin, "setup", ["bash", "-c", SETUP], log, environment)
-    if not result["steps"]["setup"]["passed"]:
-        return False
-    result["environment"] = venv = log.read_text(encoding="utf-8").split()[-1]
+    interpreter = environment.get("PYTHON", "")
+    venv = shared.get(interpreter, "") if distribution == "megatron-core" else ""
+    if not venv:
+        result["steps"]["setup"] = run_step(pin, "setup", ["bash", "-c", SETUP], log, environment)
+        if not result["steps"]["setup"]["passed"]:
+            return False
+        venv = log.read_text(encoding="utf-8").split()[-1]
+    result["environment"] = venv
     if distribution == "megatron-core":
+        shared[interpreter] = venv
         exchange = ["bash", "-c", EXCHANGE, "exchange", venv, version]
         result["steps"]["exchange"] = run_step(pin, "exchange", exchange, log)
         return result["steps"]["exchange"]["passed"]

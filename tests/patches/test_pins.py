@@ -37,7 +37,9 @@ def test_each_pin_has_its_turn_though_one_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The environment cannot be made for one, and nothing holds in that of the other."""
-    monkeypatch.setattr(pins, "SETUP", 'if [ "$SGLANG_VERSION" = 0.5.20 ]; then echo "no wheel"; exit 3; fi; echo /none')
+    monkeypatch.setattr(
+        pins, "SETUP", 'if [ "$SGLANG_VERSION" = 0.5.20 ]; then echo "no wheel"; exit 3; fi; echo /none'
+    )
     assert pins.main(["sglang==0.5.20", "sglang==0.5.23"]) == 1
     said = capsys.readouterr()
     first, second = map(json.loads, said.out.splitlines())
@@ -50,6 +52,18 @@ def test_each_pin_has_its_turn_though_one_failed(
     head, *rows = said.err.splitlines()[-3:]
     assert head.split()[:3] == ["pin", "setup", "verify"]
     assert [row.split()[0] for row in rows] == ["sglang==0.5.20", "sglang==0.5.23"]
+
+
+def test_pins_of_megatron_share_an_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pins, "SETUP", "echo /none")
+    monkeypatch.setattr(pins, "EXCHANGE", 'echo "$1 gets $2"; exit 4')
+    assert pins.main(["megatron-core==0.19.0", "megatron-core==0.19.1"]) == 1
+    said = capsys.readouterr()
+    first, second = map(json.loads, said.out.splitlines())
+    assert (list(first["steps"]), list(second["steps"])) == (["setup", "exchange"], ["exchange"])
+    assert "/none gets 0.19.0" in said.err and "/none gets 0.19.1" in said.err
 
 
 def test_a_step_in_which_no_test_ran_fails(tmp_path: Path) -> None:
