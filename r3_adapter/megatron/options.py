@@ -22,7 +22,10 @@ class Refusal(NamedTuple):
 _OFF = (False, None)
 _DROPS = "it drops tokens from the experts that they were routed to"
 _RANDOM = "it replaces the logits by random ones"
-_GRAPHS = "graphs are captured without the argument"
+_GRAPHS = (
+    "graphs are captured without the argument (transformer_engine, whose graphed layers hand on hidden states alone), "
+    "or it was not shown that they replay other routes than those of the capture (local, full_iteration)"
+)
 _OTHER_RANKS = "it takes ranks from other dimensions, which a layout does not know"
 _INFERENCE = "its routers and dispatchers are those of inference"
 _HYBRID = "a hybrid model does not hand routes on"
