@@ -106,6 +106,19 @@ def test_breaks_without_a_conflict_are_named(rebase: Rebase, root: Path) -> None
     assert [series.version for series in load_series(root)["engine"]] == ["1.0"]
 
 
+def test_breaks_that_are_accepted_are_written_with_the_reason(rebase: Rebase, root: Path) -> None:
+    conflict = made.edited(made.RELEASED, ("engine/scheduler.py", "slots = req", "slots = not req"))
+    assert rebase("1.1", conflict, "--accept", "a conflict is none")[0] == 1
+    assert [series.version for series in load_series(root)["engine"]] == ["1.0"]
+    files = made.edited(made.RELEASED, BREAKS["removed flag"])
+    code, said = rebase("1.1", files, "--accept", "the flag is | set nowhere")
+    assert code == 0 and "break: " in said, said
+    assert [series.version for series in load_series(root)["engine"]] == ["1.0", "1.1"]
+    (row,) = rows(root / "README.md")
+    count = said.count("break: ")
+    assert (row.version, row.state) == ("1.1", f"breaks: {count}; accepted: the flag is / set nowhere")
+
+
 def test_what_upstream_does_itself_is_no_break(rebase: Rebase) -> None:
     """Faults of the release's own, in a file that the series touches too."""
     fault = "\n\ndef new(req: Req):\n    return req.nothing + undefined\n"
