@@ -122,6 +122,30 @@ def let_native_attention_pad() -> None:
     TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = lambda self: 1
 
 
+def let_dp_attention_run() -> None:
+    """Give SGLang's DP attention copies and collectives that are no GPU kernels, in releases that have none.
+
+    Source: sglang@0.5.15.post1: srt/layers/dp_attention.py:memcpy_triton, srt/distributed/parallel_state.py:
+        GroupCoordinator; sglang@0.5.20, where both ask for a CPU
+    """
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+    from sglang.srt.layers import dp_attention
+
+    if hasattr(dp_attention, "memcpy_cpu"):
+        return
+
+    def copy(to: Any, rows: Any, dim: int, start: Any, size: Any, from_start: bool) -> None:
+        at = slice(int(start), int(start) + int(size))
+        if from_start:
+            to[: int(size)] = rows[at]
+        else:
+            to[at] = rows[: int(size)]
+
+    dp_attention.memcpy_triton = copy
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        setattr(GroupCoordinator, name, getattr(GroupCoordinator, f"_{name}"))
+
+
 def _stub_paths() -> list[str]:
     """Return the folder of each stand-in whose original is not installed and which is not on the path yet."""
     folders = [STUBS / name for name in ("for_sgl_kernel", "for_torchvision")]

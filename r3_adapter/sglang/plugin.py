@@ -4,7 +4,7 @@ import os
 from importlib.metadata import entry_points
 
 from r3_adapter.errors import CaptureError
-from r3_adapter.sglang.cpu import has_gpu, let_native_attention_pad, use_plain_host_memory
+from r3_adapter.sglang.cpu import has_gpu, let_dp_attention_run, let_native_attention_pad, use_plain_host_memory
 from r3_adapter.sglang.meeting import meet_in_private
 from r3_adapter.sglang.perturb import VARIABLE, Perturbation
 
@@ -34,6 +34,7 @@ def register() -> None:
     if not has_gpu():
         use_plain_host_memory()
         let_native_attention_pad()
+        let_dp_attention_run()
     if text := os.environ.get(VARIABLE):
         try:
             Perturbation.parse(text).install()
