@@ -23,17 +23,28 @@ def tree_of_release(distribution: str, version: str, folder: Path, *, root: Path
     tables = read_lock(root or patches_root())
     if distribution not in tables:
         raise PatchError(f"{distribution}: no such distribution, only {', '.join(tables)}")
-    if folder.exists() and any(folder.iterdir()):
-        raise PatchError(f"{folder}: not empty")
     prefix, package = tables[distribution]["prefix"], tables[distribution]["package"]
     files = release_files(distribution, version, prefix, package)
+    return plant(folder, files, f"{distribution} {version} as released\n")
+
+
+def plant(folder: Path, files: Mapping[str, bytes | None], message: str) -> Repo:
+    """Make a git tree of files at a folder, in one commit; return it.
+
+    files: bytes by the path below the folder.
+
+    Raises:
+        PatchError: The folder is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise PatchError(f"{folder}: not empty")
     for path, data in files.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data or b"")
     repo = init_repo(folder)
     repo.git("add", "--all", "--force")
-    repo.git("update-ref", "HEAD", first_commit(repo, f"{distribution} {version} as released\n"))
+    repo.git("update-ref", "HEAD", first_commit(repo, message))
     return repo
 
 

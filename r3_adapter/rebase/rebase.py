@@ -18,7 +18,7 @@ from r3_adapter.rebase.tree import (
     leave_to_mend,
     open_tree,
     patch_of,
-    plant,
+    plant_release,
     released_files,
 )
 from r3_adapter.rebase.unit_tests import run_unit_tests
@@ -113,7 +113,7 @@ def rebase(request: Request, work: Path, tell: Tell) -> tuple[Outcome, Repo, Con
     outcome = Outcome(request.distribution, version, series, any(pin.version == version for pin in pins), near.hunks)
     base = released if series.version == version else _origin(request, series, tell)
     if not place.exists():
-        repo = plant(place, series, version, released)
+        repo = plant_release(place, series, version, released)
         tell(f"the series for {series.version}")
         found = fit(read_patches(series), _wanted(series, released), _wanted(series, base))
         outcome.conflicts = found.conflicts

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from r3_adapter.errors import PatchError
-from r3_adapter.git import Repo, check_quiet, commits_on, first_commit, identity, init_repo, open_repo, read_tree
-from r3_adapter.gittree import TRAILER, commit_steps
+from r3_adapter.git import Repo, check_quiet, commits_on, identity, open_repo, read_tree
+from r3_adapter.gittree import TRAILER, commit_steps, plant
 from r3_adapter.patchfile import Patch
 from r3_adapter.series import Contents, Series, read_patches
 from r3_adapter.threeway import Fit, fit
@@ -15,22 +15,13 @@ RELEASED = "r3-released"
 """The tag of the commit that is the release."""
 
 
-def plant(folder: Path, series: Series, version: str, files: Contents) -> Repo:
-    """Make the tree of a release at a folder that is not there yet; return it.
+def plant_release(folder: Path, series: Series, version: str, files: Contents) -> Repo:
+    """Make the tree of a release at a folder that is empty or not there yet; return it.
 
     files: the release's source files, by upstream path.
     """
-    if folder.exists():
-        raise PatchError(f"{folder}: is there already")
-    for path, data in files.items():
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data or b"")
-    repo = init_repo(folder)
-    repo.git("add", "--all", "--force")
-    first = first_commit(repo, f"{_title(series.distribution, version)}\n")
-    repo.git("update-ref", "HEAD", first)
-    repo.git("tag", RELEASED, first)
+    repo = plant(folder, files, f"{_title(series.distribution, version)}\n")
+    repo.git("tag", RELEASED, "HEAD")
     return repo
 
 

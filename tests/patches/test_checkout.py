@@ -37,12 +37,20 @@ def run(verb: str, tree: Repo, world: World) -> TreeOutcome:
 def state_of(tree: Repo) -> tuple[object, ...]:
     """All that a user sees: where the branch is, its files, and what git says of them."""
     files = {path: seen for path, seen in files_below(tree.top).items() if not path.startswith(".git")}
-    return tree.head, tree.says("symbolic-ref", "HEAD"), files, tree.line("status", "--porcelain"), tree.line("ls-files", "-s")
+    return (
+        tree.head,
+        tree.says("symbolic-ref", "HEAD"),
+        files,
+        tree.line("status", "--porcelain"),
+        tree.line("ls-files", "-s"),
+    )
 
 
 def source(tree: Repo) -> dict[str, bytes]:
     seen = files_below(tree.top)
-    return {path: seen[path][1] for path in seen if path.startswith("alpha/") and path in made.ALPHA_OLD | made.ALPHA_NEW}
+    return {
+        path: seen[path][1] for path in seen if path.startswith("alpha/") and path in made.ALPHA_OLD | made.ALPHA_NEW
+    }
 
 
 def test_the_series_is_commits_on_top_and_goes_away_again(tree: Repo, world: World) -> None:
@@ -54,7 +62,9 @@ def test_the_series_is_commits_on_top_and_goes_away_again(tree: Repo, world: Wor
     assert (tree.top / "tests/unit/test_a.py").exists()
     assert tree.line("status", "--porcelain") == ""
     assert tree.line("log", "--reverse", "--format=%s").split("\n") == ["as released", "Why", "Why"]
-    trailers = tree.line("log", "--reverse", "--format=%(trailers:key=R3-Patch,valueonly,separator=%x2c)").split("\n")[1:]
+    trailers = tree.line("log", "--reverse", "--format=%(trailers:key=R3-Patch,valueonly,separator=%x2c)").split("\n")[
+        1:
+    ]
     assert [trailer.split()[:3] for trailer in trailers] == [
         ["alpha", "1.0", "0001-half.patch"],
         ["alpha", "1.0", "0002-whole.patch"],
@@ -240,7 +250,11 @@ def test_command_line(
         code = cli.main(["patch", verb, *args, "--source", str(tree.top)])
         return (code, *capsys.readouterr())
 
-    assert r3("verify") == (1, f"alpha 1.0 in {tree.top}: not applied\n    the nearest series is that for 1.0: 5 of 5 hunks fit\n", "")
+    assert r3("verify") == (
+        1,
+        f"alpha 1.0 in {tree.top}: not applied\n    the nearest series is that for 1.0: 5 of 5 hunks fit\n",
+        "",
+    )
     code, out, err = r3("apply", "--skip-tests")
     assert (code, err) == (0, "")
     assert out.startswith(f"alpha 1.0 in {tree.top}: applied\n    the nearest series is that for 1.0: ")

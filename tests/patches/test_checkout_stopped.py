@@ -108,7 +108,9 @@ def test_files_that_were_changed_after_a_stop_are_kept(world: World, tmp_path: P
     tree.git("update-ref", "HEAD", old)  # stopped before the last step
     (tree.folder / "r3-patch.journal").write_text(f'{{"old": "{old}", "new": "{new}"}}')
     (tree.top / "alpha/core/a.py").write_text("mine\n")
-    with pytest.raises(PatchError, match=r"was stopped, and these were changed since: alpha/core/a\.py; check them out"):
+    with pytest.raises(
+        PatchError, match=r"was stopped, and these were changed since: alpha/core/a\.py; check them out"
+    ):
         run(tree.top, world, "revert")
     assert (tree.top / "alpha/core/a.py").read_text() == "mine\n"
     (tree.top / "alpha/core/a.py").write_bytes(made.ALPHA_OLD["alpha/core/a.py"])

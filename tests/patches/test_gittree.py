@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.errors import PatchError
-from r3_adapter.git import IDENTITY, Repo, check_quiet, commits_on, first_commit, identity, init_repo, open_repo, read_tree
+from r3_adapter.git import (
+    IDENTITY,
+    Repo,
+    check_quiet,
+    commits_on,
+    first_commit,
+    identity,
+    init_repo,
+    open_repo,
+    read_tree,
+)
 from r3_adapter.gittree import apply_three_way, tree_of_release
 from r3_adapter.installed import State
 from r3_adapter.patching import status

@@ -9,7 +9,6 @@ import pytest
 from r3_adapter import checkout
 from r3_adapter.checkout import TreeOutcome
 from r3_adapter.errors import PatchError
-from r3_adapter.git import Repo
 from r3_adapter.holds import check, undefined_names
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
@@ -30,7 +29,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 
 
-def apply(world: World, folder: Path, old: dict[str, bytes], new: dict[str, bytes], python: str = sys.executable) -> TreeOutcome:
+def apply(
+    world: World, folder: Path, old: dict[str, bytes], new: dict[str, bytes], python: str = sys.executable
+) -> TreeOutcome:
     """Make a series of one patch and apply it to a tree of the old files."""
     for path in (world.root / "alpha/1.0").iterdir():
         path.unlink()
@@ -63,7 +64,10 @@ def test_imports_and_tests_are_tried(world: World, tmp_path: Path) -> None:
 
 
 def test_a_failing_test_is_named(world: World, tmp_path: Path) -> None:
-    new = {"alpha/core/sub/b.py": b"def g():\n    return 2\n", TEST: b"from alpha.core.sub.b import g\n\n\ndef test_g():\n    assert g() == 3\n"}
+    new = {
+        "alpha/core/sub/b.py": b"def g():\n    return 2\n",
+        TEST: b"from alpha.core.sub.b import g\n\n\ndef test_g():\n    assert g() == 3\n",
+    }
     with pytest.raises(PatchError, match=r"do not hold; nothing changed:\n.*test_a\.py::test_g: assert 2 == 3"):
         apply(world, tmp_path / "tree", {}, new)
 
@@ -100,7 +104,11 @@ def test_names_that_nothing_defines_are_found_without_an_engine(world: World, tm
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("import a\nfrom b import c as d\n\ndef f(x, *y, **z):\n    return a, d, x, y, z, f, len, __name__, __file__\n", set()),
+        (
+            "import a\nfrom b import c as d\n\ndef f(x, *y, **z):\n"
+            "    return a, d, x, y, z, f, len, __name__, __file__\n",
+            set(),
+        ),
         ("def f():\n    global g\n    g = 1\n\ndef h():\n    return g\n", set()),
         ("class A:\n    x = 1\n    def f(self):\n        return __class__, super().f, x\n", {"x"}),
         ("def f():\n    y = 1\n    return lambda: (y, [z for z in w])\n", {"w"}),

@@ -88,7 +88,9 @@ def test_lines_that_are_twice_in_the_file_are_no_place(make) -> None:  # type: i
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("new", [text(n39="last\nmore\n"), text(n39="line 39\nmore\n"), text(n39="", n38=""), text(n5="")])
+@pytest.mark.parametrize(
+    "new", [text(n39="last\nmore\n"), text(n39="line 39\nmore\n"), text(n39="", n38=""), text(n5="")]
+)
 def test_what_is_there_already_is_not_done_twice(make, known: bool, new: bytes) -> None:  # type: ignore[no-untyped-def]
     patch, base = make({PATH: text()}, {PATH: new}), {PATH: text()} if known else {}
     assert merged(fit([patch], {PATH: text()}, base)) == new
@@ -99,7 +101,9 @@ def test_what_is_there_already_is_not_done_twice(make, known: bool, new: bytes) 
 def test_a_later_patch_builds_on_an_earlier_one(make) -> None:  # type: ignore[no-untyped-def]
     one = make({PATH: text()}, {PATH: text(n5="one\n"), "pkg/new.py": b"n = 1\n"}, "0001-x.patch")
     two = make(
-        {PATH: text(n5="one\n"), "pkg/new.py": b"n = 1\n"}, {PATH: text(n5="two\n"), "pkg/new.py": b"n = 2\n"}, "0002-x.patch"
+        {PATH: text(n5="one\n"), "pkg/new.py": b"n = 1\n"},
+        {PATH: text(n5="two\n"), "pkg/new.py": b"n = 2\n"},
+        "0002-x.patch",
     )
     tree = {PATH: text(n20="theirs\n"), "pkg/new.py": None}
     found = fit([one, two], tree, {PATH: text()})
