@@ -71,6 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="without the tests of the engines and further proofs")
     options = parser.parse_args(arguments)
     known = all_pins()
+    for pin in options.pins:
+        distribution, _, version = pin.partition("==")
+        source = REPO / "patches" / distribution / version / "source"
+        if source.is_file():
+            said = source.read_text(encoding="utf-8").strip()
+            parser.error(f"{pin}: no registry has it, it is {said}; there: `r3 patch apply --source DIR`")
     unknown = [pin for pin in options.pins if pin not in known]
     if unknown:
         parser.error(f"no pins: {', '.join(unknown)}; pins: {', '.join(known)}")
@@ -84,8 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def all_pins() -> list[str]:
-    """Return the folders that have a series, as DISTRIBUTION==VERSION."""
-    return [f"{path.parts[-3]}=={path.parts[-2]}" for path in sorted((REPO / "patches").glob("*/*/series"))[::-1]]
+    """Return the folders that have a series for a version which a registry has, as DISTRIBUTION==VERSION."""
+    found = [path.parent for path in sorted((REPO / "patches").glob("*/*/series"))[::-1]]
+    return [f"{path.parent.name}=={path.name}" for path in found if not (path / "source").exists()]
 
 
 def test_pin(pin: str, quick: bool, shared: dict[str, str]) -> dict:

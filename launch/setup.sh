@@ -34,14 +34,18 @@ r3_pin() {
 
 # Say in VENV, SGLANG, MEGATRON and PINS what is installed where.
 r3_choose() {
-    local sglang=0.5.20 megatron=0.16.1 newer
+    local sglang=0.5.20 megatron=0.16.1 newer series
     local -a known=(launch/pins/sglang-*.txt)
     known=("${known[@]#launch/pins/sglang-}")
     newer=$("$PYTHON" -c 'import sys; print("-%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 12) else "")')
     [ -z "$newer" ] || megatron=0.19.2
     SGLANG=${SGLANG_VERSION:-$sglang} MEGATRON=${MEGATRON_VERSION:-$megatron} VENV=.venv$newer
     r3_pin SGLANG_VERSION sglang "$SGLANG" "${known[@]%.txt}"
-    known=(patches/megatron-core/*/series)
+    known=()
+    for series in patches/megatron-core/*/series; do
+        # A version that no registry has says in this file which commit it is.
+        [ -e "${series%series}source" ] || known+=("$series")
+    done
     known=("${known[@]#patches/megatron-core/}")
     r3_pin MEGATRON_VERSION megatron-core "$MEGATRON" "${known[@]%/series}"
     [ "$SGLANG" = "$sglang" ] || VENV+=-sglang-$SGLANG

@@ -228,8 +228,10 @@ class Near:
     def _way_out(self) -> str:
         """Return what to do. A series is made of a release; a tree between two releases has none of its own."""
         name, version = self.checkout.distribution, self.checkout.version
-        if version in (series.version for series in self.checkout.pins):
-            return f"Check out a commit where these lines are as {version} has them"
+        for pin in self.checkout.pins:
+            if pin.version == version:
+                commit = f", which is {pin.source}" if pin.source else ""
+                return f"Check out a commit where these lines are as {version} has them{commit}"
         nearer = "Check out a version that is nearer"
         if is_release(version):
             return f"{nearer}, or, of the release, make a series: `r3 patch rebase {name} {version}`"

@@ -34,6 +34,8 @@ def base_of(
         keep({path: blobs.get(names.get(path, "")) for path in wanted})
     if base.keys() < wanted.keys():
         keep({series.prefix + path: data for path, data in _installed_files(series).items()})
+    if series.source and base.keys() < wanted.keys():
+        return base, f"no registry has {series.version}, and here is no {series.source}: fetch that commit"
     if download and base.keys() < wanted.keys():
         try:
             keep(release_files(series.distribution, series.version, series.prefix, series.package))

@@ -20,6 +20,8 @@ from r3_adapter.patchfile import TRAILERS, FileDiff, Patch, apply_diff, read_pat
 ABSENT = "absent"
 LOCK_NAME = "upstream.lock.toml"
 SHARED = "shared"
+SOURCE = "source"
+"""A file beside the patches for a version that no registry has: the repository, and the commit that it is."""
 TEST_FOLDERS = ("test/", "tests/")
 _ENTRY = re.compile(r"(\.\./(?P<folder>[^./][^/]*)/)?(?P<name>[^./][^/]*\.patch)")
 _LOCK_HEAD = "# The file hashes are written by `r3 patch lock`: sha256 before and after the whole series.\n"
@@ -75,6 +77,12 @@ class Series:
     prefix: str
     package: str
     files: Mapping[str, Hashes]
+
+    @property
+    def source(self) -> str:
+        """The repository and the commit that a version which no registry has is of; empty for a release."""
+        path = self.folder / SOURCE
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def patches_root() -> Path:

@@ -15,6 +15,7 @@ from r3_adapter.patchfile import Patch, apply_diff, read_patch
 from r3_adapter.rebase.tree import changed_files, commits, origin_of, without_trailer
 from r3_adapter.series import (
     SHARED,
+    SOURCE,
     Contents,
     Hashes,
     Series,
@@ -69,8 +70,11 @@ def write_series(repo: Repo, origin: Series, version: str, released: Contents) -
 def _write_patches(repo: Repo, origin: Series, series: Series) -> None:
     """Write the patch files of a series, and mend shared ones."""
     known = {path.name: path for path in listed(origin)}
+    commit_of_upstream = series.source
     shutil.rmtree(series.folder, ignore_errors=True)
     series.folder.mkdir()
+    if commit_of_upstream:
+        (series.folder / SOURCE).write_text(f"{commit_of_upstream}\n", encoding="utf-8")
     entries: list[str] = []
     free = max((_number(name) for name in known), default=0) + 1
     for commit in commits(repo):

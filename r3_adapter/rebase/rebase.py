@@ -182,7 +182,8 @@ def _release(request: Request, pin: Series, work: Path) -> tuple[str, Contents]:
 
 def _series(request: Request, pins: tuple[Series, ...], version: str, released: Contents) -> tuple[Series, Fit]:
     if request.origin is None:
-        return nearest(pins, version, released)
+        # What is looked for needs all files of the version that a series is for.
+        return nearest(tuple(pin for pin in pins if pin.version == version or not pin.source), version, released)
     found = tuple(pin for pin in pins if pin.version == request.origin)
     if not found:
         raise PatchError(f"--from {request.origin}: none of {', '.join(pin.version for pin in pins)}")
@@ -198,6 +199,10 @@ def _origin(request: Request, series: Series, tell: Tell) -> Contents:
         files: Contents = {
             series.prefix + path: data for path, data in wheel_files(request.origin_wheel, series.package).items()
         }
+    elif series.source:
+        raise PatchError(
+            f"no registry has {series.version}, it is {series.source}: give a wheel of it, --from-wheel FILE"
+        )
     else:
         files = release_files(series.distribution, series.version, series.prefix, series.package)
     package = f"{series.prefix}{series.package}/"

@@ -18,6 +18,7 @@ World, files_below, commit_files = made.World, made.files_below, made.commit_fil
 
 FILE = "alpha/core/a.py"
 LONG = b"import os\n\n\n" + made.ALPHA_OLD[FILE] + b"\n\n\ndef g():\n    return os\n"
+SOURCE = "https://example.org/alpha 0123456789abcdef0123456789abcdef01234567\n"
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,9 @@ def test_others_commits_on_the_same_lines_are_conflicts_and_nothing_changes(tree
     said = str(refused.value)
     assert "the nearest series is that for 1.0: " in said
     assert said.endswith("\nCheck out a commit where these lines are as 1.0 has them")
+    (world.root / "alpha/1.0/source").write_text(SOURCE)
+    with pytest.raises(PatchError, match=rf"as 1\.0 has them, which is {SOURCE.strip()}$"):
+        run("apply", tree, world)
     assert "0001-half.patch:\n    alpha/core/a.py: hunk 1 of 1, @@ -1,2 +1,2 @@: 1 of its 2 old lines are not" in said
     assert "why: Why" in said
     assert state_of(tree) == before
@@ -153,6 +157,10 @@ def test_without_released_files_the_context_decides(world: World, tmp_path: Path
     tree = made.make_tree(tmp_path / "foreign", {**made.ALPHA_OLD, FILE: LONG})
     outcome = run("apply", tree, world)
     assert "by context alone" in outcome.said[0] and "pip gives no wheel" in outcome.said[0]
+    run("revert", tree, world)
+    (world.root / "alpha/1.0/source").write_text(SOURCE)
+    outcome = run("apply", tree, world)
+    assert f"no registry has 1.0, and here is no {SOURCE.strip()}: fetch that commit" in outcome.said[0]
     assert (tree.top / FILE).read_bytes() == LONG.replace(b"return 1", b"return 2")
 
 

@@ -20,7 +20,12 @@ SPEC.loader.exec_module(pins)
 
 
 def test_the_pins_are_the_series() -> None:
-    shipped = [f"{series.distribution}=={series.version}" for group in load_series().values() for series in group]
+    shipped = [
+        f"{series.distribution}=={series.version}"
+        for group in load_series().values()
+        for series in group
+        if not series.source
+    ]
     assert sorted(pins.all_pins()) == sorted(shipped)
 
 
@@ -31,6 +36,14 @@ def test_what_is_no_pin_is_refused_with_the_pins(capsys: pytest.CaptureFixture[s
     assert stopped.value.code == 2
     assert "no pins: sglang==0.5.19; pins: " in said
     assert all(pin in said for pin in pins.all_pins())
+
+
+def test_a_version_that_no_registry_has_is_refused_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    (series,) = [series for series in load_series()["megatron-core"] if series.source]
+    with pytest.raises(SystemExit) as stopped:
+        pins.main([f"megatron-core=={series.version}"])
+    assert stopped.value.code == 2
+    assert f"{series.version}: no registry has it, it is {series.source}; there: `r3 patch" in capsys.readouterr().err
 
 
 def test_each_pin_has_its_turn_though_one_failed(

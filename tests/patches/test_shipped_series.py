@@ -14,8 +14,10 @@ from r3_adapter.patching import State
 from r3_adapter.record import record_path
 from r3_adapter.series import (
     LOCK_NAME,
+    SOURCE,
     Series,
     digest,
+    is_release,
     listed,
     load_series,
     patches_root,
@@ -59,6 +61,14 @@ def test_each_folder_with_a_series_is_locked() -> None:
     folders = {path.parent.relative_to(root) for path in root.glob("*/*/series")}
     assert folders == {series.folder.relative_to(root) for series in SHIPPED}
     assert [path for folder in root.iterdir() if folder.is_dir() for path in unlisted(folder)] == []
+
+
+@each_series
+def test_a_version_that_no_registry_has_names_its_commit(series: Series) -> None:
+    if (series.folder / SOURCE).exists():
+        assert re.fullmatch(r"https://\S+ [0-9a-f]{40}", series.source)
+    else:
+        assert is_release(series.version)
 
 
 @each_series

@@ -29,6 +29,8 @@ def series(request: pytest.FixtureRequest) -> Series:
 def site(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the wheel installs: its source files and its metadata."""
     folder = tmp_path_factory.mktemp("wheel")
+    if series.source:
+        pytest.skip(f"no registry has it, it is {series.source}")
     try:
         wheel = download(series.distribution, series.version, folder)
     except PatchError as error:
