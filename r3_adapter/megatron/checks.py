@@ -1,6 +1,7 @@
 """What replay refuses: options that bypass it or lose what it replays, layouts that Megatron trains wrongly."""
 
 import ast
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,6 +16,12 @@ from r3_adapter.trace import ModelId, RoutingTrace
 _MOST_LAYERS = 1 << 16
 _TP_REPLICAS_MENDED = "0.19"
 """Megatron-core from here on reduces the gradients of experts that tensor-parallel ranks all have."""
+
+_OTHER_REPLAY = "ENABLE_ROUTING_REPLAY"
+"""The variable by which slime and miles turn their own replay on; it replaces the experts that a router was given.
+
+Source: docker/patch/latest/megatron.patch@slime 624b824:topk_routing_with_score_function.
+"""
 
 
 def check_layout(layout: ParallelLayout) -> None:
@@ -59,6 +66,8 @@ def check_model(model: Any, routers: Mapping[int, Any], traces: Sequence[Routing
     Raises:
         ReplayError: Names the layer or the sample, and both operands.
     """
+    if (found := os.environ.get(_OTHER_REPLAY, "0")) != "0":
+        raise ReplayError(f"{_OTHER_REPLAY} ({found!r}) != '0': a replay of the training framework's own is on")
     seen = set()
     for layer_id, router in routers.items():
         if id(router.config) not in seen:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from r3_adapter.environment import environment
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.batches import micro_batches
 from r3_adapter.megatron.model import build_model, initialize
@@ -122,6 +123,8 @@ def main(argv: Sequence[str]) -> None:
         vars(config).update(values if rank == 1 else {})
         attempt(option, steps)
         vars(config).update(before)
+    with environment({"ENABLE_ROUTING_REPLAY": str(rank)}):
+        attempt("another replay", steps)
     attempt("nothing", steps)
     print(json.dumps(said))
     torch.distributed.barrier()

@@ -34,6 +34,7 @@ MESSAGES = {
     "stale weights": r"micro-batch 1: sample 1, position 7: row of weights 'older' != 'default'",
     "too few traces": r"rank 1: LayoutError: rank 1, micro-batch 0: 1 traces != 2 samples",
     "another packing": r"rank 1: \w+: rank 1, micro-batch 0: .*",
+    "another replay": r"rank 1: ReplayError: ENABLE_ROUTING_REPLAY \('1'\) != '0'",
     **{option: rf"rank 1: ReplayError: layer 0: {option} \(" for option in OPTIONS},
 }
 
