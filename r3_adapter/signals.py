@@ -88,5 +88,9 @@ def run_command(name: str, do: Callable[[], int | None], after: str = AFTER) -> 
 
 
 def say(text: str) -> None:
-    """Tell whoever watches, in one line."""
-    print(" ".join(line.strip() for line in text.splitlines() if line.strip()), file=sys.stderr, flush=True)
+    """Tell whoever watches, in one line.
+
+    It is one write with its end, so that lines of several ranks do not run into one another.
+    """
+    sys.stderr.write(" ".join(line.strip() for line in text.splitlines() if line.strip()) + "\n")
+    sys.stderr.flush()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import R3Error
+from r3_adapter.signals import say
 from r3_adapter.trace import RoutingTrace
 
 
@@ -22,7 +23,7 @@ def main() -> int:
         hf = check_folders(traces, checkpoint)
         print("\n".join(model_flags(hf)))
     except R3Error as error:
-        print(f"pretrain_r3: {error}", file=sys.stderr)
+        say(f"pretrain_r3: {error}")
         return 2
     return 0
 

@@ -13,6 +13,7 @@ import pytest
 
 from r3_adapter.errors import R3Error
 from r3_adapter.processes import run_together
+from r3_adapter.signals import say
 
 TREE = """
 import sys
@@ -80,3 +81,10 @@ def test_a_failure_is_said_in_one_line_that_names_the_process_and_the_reason() -
         run_together(commands, env=[{}] * 3, timeout=60, what="trainer", each="rank")
     hint = "(set R3_LOGS=FOLDER to keep its whole output)"
     assert str(found.value) == f"trainer, rank 1 of 3: layer 3: 8 != 4 {hint}"
+
+
+def test_a_line_is_one_write_so_that_those_of_several_ranks_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys.stderr, "write", written.append)
+    say("rank 0: a line\n  and one more\n")
+    assert written == ["rank 0: a line and one more\n"]
