@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.feeding import FEEDS, Feed, feeds_of
 
 ARGUMENT = "routed_experts"
 _SELECT = "topk_routing_with_score_function"
@@ -50,6 +51,9 @@ def check_reach(chunk: torch.nn.Module, model: Any, routers: Mapping[int, Any]) 
     """
     if not isinstance(chunk, torch.nn.Module) or not routers:
         return
+    if model in FEEDS:
+        # Hooks hand the routes over inside of all wrappers.
+        chunk = model
     way = _way(chunk, model)
     methods = _methods(way, routers)
     known = _KNOWN.get(chunk)
@@ -70,14 +74,24 @@ def check_reach(chunk: torch.nn.Module, model: Any, routers: Mapping[int, Any]) 
 @contextmanager
 def routed_live(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Say that passes inside are given no routes on purpose, though some were prepared for them."""
-    watches = [known.watch for chunk in chunks if (known := _KNOWN.get(chunk)) and known.watch]
-    for watch in watches:
-        watch.live += 1
+    feeds = feeds_of(chunks)
+    attached = [model for model, feed in FEEDS.items() if feed in feeds]
+    watches = [known.watch for chunk in [*chunks, *attached] if (known := _KNOWN.get(chunk)) and known.watch]
+    open_ones: list[Feed | _Watch] = [*watches, *feeds]
+    for each in open_ones:
+        each.live += 1
     try:
         yield
     finally:
-        for watch in watches:
-            watch.live -= 1
+        for each in open_ones:
+            each.live -= 1
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Take away what watches a model's first pass, and look at the model anew when routes are next prepared for it."""
+    known = _KNOWN.pop(model, None)
+    if known is not None and known.watch is not None:
+        known.watch.close()
 
 
 def _way(chunk: torch.nn.Module, model: Any) -> Way:
@@ -85,6 +99,11 @@ def _way(chunk: torch.nn.Module, model: Any) -> Way:
     module: Any = chunk
     while module is not model:
         way.append((module, ("forward",)))
+        if not hasattr(module, "module"):
+            raise ReplayError(
+                f"{type(module).__name__} has its {type(model).__name__} elsewhere than in `module`, and may not hand "
+                f"{ARGUMENT} on to it: hand it over by r3_adapter.megatron.attach"
+            )
         module = module.module
     # The overlapped expert-parallel schedule calls the second one, and then the routers' layers from a plan.
     overlapped = getattr(model.config, "overlap_moe_expert_parallel_comm", False)

@@ -17,6 +17,7 @@ from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.agreement import NOT_ASKED, Terms, agreed, agreed_step, own_rank
 from r3_adapter.megatron.checks import check_layout, check_model
 from r3_adapter.megatron.dispatch import COUNTS, UNPLANNED, Plan, check_astray, plan_step, why_not_planned
+from r3_adapter.megatron.feeding import FEEDS, Channel
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
 from r3_adapter.megatron.reach import check_reach
 from r3_adapter.repack import LIVE, RankRoutes, repack
@@ -24,6 +25,8 @@ from r3_adapter.trace import RoutingTrace
 
 Staleness = Literal["refuse", "live", "keep"]
 """What to do with rows that other weights computed: raise, route them live, or replay them all the same."""
+Backend = Literal["auto", "patch", "native"]
+"""How experts get to routers: as an argument of the patched Megatron, by Megatron's own RouterReplay, or either."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class ReplayBatch:
     num_stale: rows of `routes` that other weights computed, replayed or live as the policy says.
     plan: the tokens that each rank sends to each expert; GPTModel.forward takes its counts as `routed_expert_counts`,
         and its MoE layers then exchange none. If it is handed on, all ranks of an expert group must do so.
+    backend: what they were checked for.
     """
 
     routed_experts: torch.Tensor
     routes: RankRoutes
     num_stale: int
     plan: Plan = UNPLANNED
+    backend: Channel = "patch"
 
     @property
     def routed_expert_counts(self) -> torch.Tensor | None:
@@ -73,6 +78,7 @@ def prepare_step(
     layout: ParallelLayout | None = None,
     arena: Arena | None = None,
     plan: bool = True,
+    backend: Backend = "patch",
 ) -> list[list[ReplayBatch]]:
     """Check and cut the routes of a whole step, and agree with all other ranks that it can go on.
 
@@ -81,7 +87,7 @@ def prepare_step(
 
     chunks: this rank's model chunks; more than one with VPP.
     micro_batches: of this rank, in the order in which the schedule takes them.
-    weight_version, staleness, arena: as for `prepare`.
+    weight_version, staleness, arena, backend: as for `prepare`.
     plan: exchange token counts, so that MoE layers need not; where that cannot be, each batch's plan says why.
 
     Returns:
@@ -108,6 +114,7 @@ def prepare_step(
                     staleness=staleness,
                     arena=arena,
                     place=f"micro-batch {index}",
+                    backend=backend,
                 )
                 for index, each in enumerate(micro_batches)
             ]
@@ -156,11 +163,16 @@ def check_dispatch(chunks: Sequence[torch.nn.Module]) -> None:
     agreed(lambda: check_astray([dict(moe_layers(chunk)) for chunk in chunks]))
 
 
+def check_chunks(chunks: object, name: str = "chunks", kind: str = "model chunks") -> None:
+    """Refuse what is no sequence of model chunks, or of another kind of things, or is empty."""
+    if not isinstance(chunks, Sequence | torch.nn.ModuleList) or not len(chunks):
+        says = "none" if isinstance(chunks, Sequence) else f"a {type(chunks).__name__}, not a sequence"
+        raise ReplayError(f"{name}: {says} of {kind}")
+
+
 def _check_step(chunks: object, micro_batches: object) -> None:
-    for name, each, kind in (("chunks", chunks, "model chunks"), ("micro_batches", micro_batches, "StepInput")):
-        if not isinstance(each, Sequence | torch.nn.ModuleList) or not len(each):
-            says = "none" if isinstance(each, Sequence) else f"a {type(each).__name__}, not a sequence"
-            raise ReplayError(f"{name}: {says} of {kind}")
+    check_chunks(chunks)
+    check_chunks(micro_batches, "micro_batches", "StepInput")
     for index, each in enumerate(cast(Sequence[object], micro_batches)):
         if not isinstance(each, StepInput):
             raise ReplayError(f"micro-batch {index}: a {type(each).__name__} is not a StepInput")
@@ -182,10 +194,15 @@ def current_layout() -> ParallelLayout:
 
 
 def unwrapped(chunk: torch.nn.Module) -> Any:
-    """Return the GPTModel of a chunk, wrapped or not."""
+    """Return the GPTModel of a chunk, wrapped or not; also the one in a model of another kind, if it is alone there."""
     model: Any = chunk
     while hasattr(model, "module"):
         model = model.module
+    if not hasattr(model, "decoder") and isinstance(model, torch.nn.Module):
+        from megatron.core.models.gpt import GPTModel
+
+        inside = [module for module in model.modules() if isinstance(module, GPTModel)]
+        return inside[0] if len(inside) == 1 else model
     return model
 
 
@@ -222,6 +239,7 @@ def prepare(
     staleness: Staleness = "refuse",
     arena: Arena | None = None,
     place: str = "micro-batch",
+    backend: Backend = "patch",
 ) -> ReplayBatch:
     """Check the traces of a micro-batch against its tokens, and cut them for this rank's model chunk.
 
@@ -238,12 +256,14 @@ def prepare(
     staleness: what to do with rows of other weights.
     arena: memory for the routes on the host, used again when nothing refers to a batch any more.
     place: names the micro-batch in errors.
+    backend: how the experts will get to the routers; "auto": as the model is attached, "patch" if it is not.
 
     Raises:
         R3Error: traces that are not this model's or these tokens', or a layout that cannot hold them; names sample and
             position, and both operands.
     """
     check_choice("staleness", staleness, Staleness, ReplayError)
+    channel = _channel(chunk, backend)
     check_inputs(traces, tokens, packing, weight_version)
     rank, layout = own_rank(), layout or current_layout()
     check_layout(layout)
@@ -280,7 +300,20 @@ def prepare(
         routes.topk_ids[:, stale] = LIVE
         routes.row_versions[stale] = LIVE
     topk_ids = routes.topk_ids if routes.num_live else routes.topk_ids.view(np.uint16)
-    return ReplayBatch(torch.from_numpy(topk_ids).to(tokens.device), routes, int(stale.sum()))
+    return ReplayBatch(torch.from_numpy(topk_ids).to(tokens.device), routes, int(stale.sum()), backend=channel)
+
+
+def _channel(chunk: object, backend: Backend) -> Channel:
+    """Return the back end that was asked for; refuse another than that of a model that is attached."""
+    check_choice("backend", backend, Backend, ReplayError)
+    feed = FEEDS.get(unwrapped(chunk)) if isinstance(chunk, torch.nn.Module) else None
+    if feed is None:
+        if backend == "native":
+            raise ReplayError("backend 'native' of a model that is not attached: attach(chunks, backend='native')")
+        return "patch"
+    if backend not in ("auto", feed.channel):
+        raise ReplayError(f"backend {backend!r} != {feed.channel!r}, with which the model is attached")
+    return feed.channel
 
 
 def _refuse_stale(traces: Sequence[RoutingTrace], weight_version: str) -> None:

@@ -14,6 +14,7 @@ from r3_adapter.arguments import add_r3_arguments, add_rl_arguments
 from r3_adapter.cli import add_prove
 from r3_adapter.errors import CaptureError, R3Error
 from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.megatron.attach import attach
 from r3_adapter.megatron.batches import micro_batches
 from r3_adapter.megatron.policy import PolicyOptions
 from r3_adapter.megatron.pretraining import prepared
@@ -39,6 +40,9 @@ CALLS: list[tuple[str, str, Call]] = [
     ("staleness", "'refuse', 'live', 'keep'", lambda word: prepare(None, [], None, staleness=word, layout=ONE)),  # type: ignore[arg-type]
     ("staleness", "'refuse', 'live', 'keep'", lambda word: prepared(print, print, replay=False, staleness=word)),  # type: ignore[arg-type]
     ("staleness", "'refuse', 'live', 'keep'", lambda word: PolicyOptions(staleness=word)),
+    ("backend", "'auto', 'patch', 'native'", lambda word: prepare(None, [], None, backend=word, layout=ONE)),  # type: ignore[arg-type]
+    ("backend", "'auto', 'patch', 'native'", lambda word: attach([], word)),
+    ("outside", "'live', 'refuse'", lambda word: attach([], outside=word)),
     ("replay", "'off', 'r2', 'r3'", lambda word: PolicyOptions(replay=word)),
     ("estimator", "'grpo', 'gspo'", lambda word: Objective(estimator=word)),
     ("estimator", "'grpo', 'gspo'", lambda word: items_of([], word)),

@@ -1,0 +1,193 @@
+"""Routes for the forward passes of any training loop, handed over by hooks on the model: the loop stays as it is."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from r3_adapter.errors import ReplayError, check_choice
+from r3_adapter.megatron.dispatch import COUNTS
+from r3_adapter.megatron.feeding import FEEDS, Channel, Feed, Outside
+from r3_adapter.megatron.reach import ARGUMENT, forget
+from r3_adapter.megatron.replay import Backend, ReplayBatch, check_chunks, moe_layers, unwrapped
+
+_PLAN = "build_schedule_plan"
+
+
+def attach(chunks: Sequence[torch.nn.Module], backend: Backend = "auto", *, outside: Outside = "live") -> "Attached":
+    """Put hooks on the GPTModel of each model chunk, which hand its passes their routes; once, when the model is built.
+
+    A chunk may lie in wrappers that know no routes (a value head, a vision tower, data parallelism): the hooks are
+    inside of them. Prepare routes with the `backend` of what is returned.
+
+    chunks: this rank's model chunks, wrapped or not; more than one with VPP.
+    backend: "auto" takes "patch" where Megatron-core is patched; the one that was taken is `Attached.backend`.
+    outside: what a forward pass outside of `Attached.replaying` does.
+
+    Raises:
+        ReplayError: no chunks, one that has no GPTModel or several, or one that is attached already; a back end that
+            this Megatron has not.
+    """
+    check_choice("backend", backend, Backend, ReplayError)
+    check_choice("outside", outside, Outside, ReplayError)
+    check_chunks(chunks)
+    models = [unwrapped(chunk) for chunk in chunks]
+    for index, model in enumerate(models):
+        if model in FEEDS or any(model is other for other in models[:index]):
+            raise ReplayError(f"chunk {index}: its {type(model).__name__} is attached already: detach it first")
+        if not hasattr(getattr(model, "decoder", None), "layers"):
+            raise ReplayError(f"chunk {index}: a {type(model).__name__} has no GPTModel inside, or several")
+    return Attached(list(chunks), models, _chosen(backend, models), outside)
+
+
+def takes_routes(model: Any) -> bool:
+    """Tell whether a GPTModel takes routes as an argument: whether Megatron-core is patched."""
+    return ARGUMENT in inspect.signature(type(model).forward).parameters
+
+
+class Attached:
+    """Model chunks with hooks; made by `attach`.
+
+    backend: "patch" or "native".
+    """
+
+    backend: Channel
+
+    def __init__(self, chunks: list[torch.nn.Module], models: list[Any], backend: Channel, outside: Outside) -> None:
+        self.backend = backend
+        self._models, self._undo = models, list[Callable[[], object]]()
+        self._replaying = False
+        self._feeds = [Feed(index, chunk, backend, outside) for index, chunk in enumerate(chunks)]
+        for model, feed in zip(models, self._feeds, strict=True):
+            self._undo += _hook(model, feed)
+            FEEDS[model] = feed
+
+    @contextmanager
+    def replaying(self, steps: Sequence[Sequence[ReplayBatch]]) -> Iterator[None]:
+        """Hand the k-th forward pass of each chunk, inside, its k-th batch; `build_schedule_plan` counts as one.
+
+        steps: by chunk and micro-batch, as `prepare_step` returns them.
+
+        Raises:
+            ReplayError: steps of other chunks or of another back end, one `replaying` in another, or after `detach`.
+                A pass that finds no routes, or routes that are left over at the end, with chunk and micro-batch. An
+                error of the passes themselves goes on as it is.
+        """
+        self._check(steps)
+        self._replaying = True
+        for feed, step in zip(self._feeds, steps, strict=True):
+            feed.fill(list(step))
+        try:
+            yield
+            left = [text for feed in self._feeds if (text := feed.left())]
+        finally:
+            self._replaying = False
+            for feed in self._feeds:
+                feed.clear()
+        if left:
+            raise ReplayError("; ".join(left))
+
+    def detach(self) -> None:
+        """Take the hooks away: the model is as it was before `attach`. A second time is nothing.
+
+        Raises:
+            ReplayError: inside of `replaying`.
+        """
+        if self._replaying:
+            raise ReplayError("detach inside of `replaying`")
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        for model in self._models:
+            FEEDS.pop(model, None)
+            forget(model)
+        self._models.clear()
+
+    def _check(self, steps: Sequence[Sequence[ReplayBatch]]) -> None:
+        if not self._models:
+            raise ReplayError("`replaying` after `detach`")
+        if self._replaying:
+            raise ReplayError("`replaying` inside of `replaying`: a pass has routes of one step")
+        if len(steps) != len(self._feeds):
+            raise ReplayError(f"steps: those of {len(steps)} chunks != {len(self._feeds)} chunks that are attached")
+        for index, (model, step) in enumerate(zip(self._models, steps, strict=True)):
+            if len(step) != len(steps[0]):
+                raise ReplayError(f"chunk {index}: {len(step)} micro-batches != {len(steps[0])} of chunk 0")
+            own = sum(1 for _ in moe_layers(model))
+            for number, batch in enumerate(step):
+                place = f"chunk {index}, micro-batch {number}"
+                if not isinstance(batch, ReplayBatch):
+                    raise ReplayError(f"{place}: a {type(batch).__name__} is not a ReplayBatch")
+                if batch.backend != self.backend:
+                    raise ReplayError(
+                        f"{place}: backend {batch.backend!r} of its routes != {self.backend!r}, the model's: "
+                        f"prepare them with backend={self.backend!r}"
+                    )
+                if len(batch.routed_experts) != own:
+                    raise ReplayError(
+                        f"{place}: routes of {len(batch.routed_experts)} MoE layers != {own}, the chunk's"
+                    )
+
+
+def _chosen(backend: Backend, models: Sequence[Any]) -> Channel:
+    patched = all(takes_routes(model) for model in models)
+    if backend == "auto":
+        backend = "patch" if patched else "native"
+    if backend == "patch" and not patched:
+        raise ReplayError(
+            "backend 'patch': GPTModel.forward takes no routed_experts; is megatron-core patched (`r3 patch verify`)?"
+        )
+    if backend == "native":
+        raise ReplayError("backend 'native' is not there yet: patch megatron-core (`r3 patch apply`)")
+    return backend
+
+
+def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
+    """Hand a model its routes as an argument, before all other hooks; return what takes that back."""
+
+    def hand_over(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        _refuse_explicit(feed, kwargs)
+        batch = feed.take()
+        return None if batch is None else (args, {**kwargs, **batch.model_arguments})
+
+    undo: list[Callable[[], object]] = [
+        model.register_forward_pre_hook(hand_over, prepend=True, with_kwargs=True).remove
+    ]
+    plan = getattr(model, _PLAN, None)
+    if plan is not None:
+        signature = inspect.signature(plan)
+
+        @functools.wraps(plan)
+        def planned(*args: Any, **kwargs: Any) -> Any:
+            _refuse_explicit(feed, signature.bind_partial(*args, **kwargs).arguments)
+            batch = feed.take()
+            return plan(*args, **kwargs, **({} if batch is None else batch.model_arguments))
+
+        undo.append(_replaced(model, _PLAN, planned))
+    return undo
+
+
+def _refuse_explicit(feed: Feed, arguments: Mapping[str, Any]) -> None:
+    for name in (ARGUMENT, COUNTS):
+        if arguments.get(name) is not None:
+            raise ReplayError(
+                f"{feed.place()}: {name} as an argument of a model that is attached: "
+                "hand its routes to `replaying`, or detach it"
+            )
+
+
+def _replaced(model: Any, name: str, method: Any) -> Callable[[], None]:
+    """Replace a method on an instance; return what puts back what was there."""
+    own = vars(model).get(name)
+    setattr(model, name, method)
+
+    def put_back() -> None:
+        if own is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, own)
+
+    return put_back
