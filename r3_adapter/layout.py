@@ -15,6 +15,8 @@ import numpy.typing as npt
 from r3_adapter.errors import LayoutError, check_choice, check_whole, show
 
 QkvFormat = Literal["sbhd", "thd"]
+CpCut = Literal["zigzag", "contiguous"]
+"""How context parallelism cuts: a chunk from each end of every sample, as Megatron does, or one interval a rank."""
 
 
 class RankCoords(NamedTuple):
@@ -117,20 +119,26 @@ class ParallelLayout:
 class Packing:
     """How the samples of a micro-batch lie in its tokens; made by `padded` or `packed`.
 
-    qkv_format: "sbhd", every sample padded to one sequence length, rows in Megatron's order [s, b]; or "thd", the
-        samples one after the other in a batch of 1.
-    rooms: the tokens of each sample, padding included.
+    qkv_format: "sbhd", every sample padded to one sequence length, rows in Megatron's order: row r is token r // b of
+        sample r % b, of b samples; or "thd", the samples one after the other in a batch of 1.
+    rooms: the tokens of each sample, padding included; of a stream with padding behind its last sample, that sample's
+        room includes it, or it is a sample of no tokens.
+    cp_cut: "zigzag", a context parallel rank has two of 2 * cp chunks of each sample; or "contiguous", one of cp equal
+        intervals: of each sample's sequence in "sbhd", of the whole stream in "thd", where a sample may lie on several
+        ranks.
 
     Raises:
-        LayoutError: another format, no samples, a room that is no whole number or below 0, or rooms that differ in
-            "sbhd".
+        LayoutError: another format or cut, no samples, a room that is no whole number or below 0, or rooms that differ
+            in "sbhd".
     """
 
     qkv_format: QkvFormat
     rooms: tuple[int, ...]
+    cp_cut: CpCut = "zigzag"
 
     def __post_init__(self) -> None:
         check_choice("qkv_format", self.qkv_format, QkvFormat, LayoutError)
+        check_choice("cp_cut", self.cp_cut, CpCut, LayoutError)
         object.__setattr__(self, "rooms", tuple(_whole_numbers("rooms", self.rooms)))
         if not self.rooms:
             raise LayoutError(f"a {self.qkv_format} micro-batch without samples")
@@ -141,13 +149,15 @@ class Packing:
                 raise LayoutError(f"room ({room}) of sample {sample} != {self.rooms[0]} of sample 0 in sbhd")
 
     @classmethod
-    def padded(cls, num_samples: int, seq_length: int) -> "Packing":
+    def padded(cls, num_samples: int, seq_length: int, *, cp_cut: CpCut = "zigzag") -> "Packing":
         """Return the packing "sbhd" of samples that are padded to one length."""
         room = check_whole("seq_length", seq_length, error=LayoutError)
-        return cls("sbhd", (room,) * check_whole("num_samples", num_samples, error=LayoutError))
+        return cls("sbhd", (room,) * check_whole("num_samples", num_samples, error=LayoutError), cp_cut)
 
     @classmethod
-    def packed(cls, cu_seqlens_padded: Sequence[int] | npt.NDArray[np.integer]) -> "Packing":
+    def packed(
+        cls, cu_seqlens_padded: Sequence[int] | npt.NDArray[np.integer], *, cp_cut: CpCut = "zigzag"
+    ) -> "Packing":
         """Return the packing "thd" of samples that begin and end at [num_samples + 1] cumulated padded lengths.
 
         Raises:
@@ -156,7 +166,7 @@ class Packing:
         bounds = _whole_numbers("cu_seqlens_padded", cu_seqlens_padded)
         if not bounds or bounds[0] != 0:
             raise LayoutError(f"cu_seqlens_padded {bounds} does not begin with 0")
-        return cls("thd", tuple(stop - start for start, stop in pairwise(bounds)))
+        return cls("thd", tuple(stop - start for start, stop in pairwise(bounds)), cp_cut)
 
     @property
     def num_samples(self) -> int:
@@ -183,22 +193,29 @@ def local_num_tokens(packing: Packing, layout: ParallelLayout) -> int:
         LayoutError: a sample that context parallelism, or rows that sequence parallelism does not divide.
     """
     cp, tp = layout.cp, layout.tp
-    if cp > 1:
+    length = packing.rooms[0] if packing.qkv_format == "sbhd" else packing.num_tokens
+    if packing.cp_cut == "contiguous" and length % cp:
+        raise LayoutError(f"cp ({cp}) does not divide the {length} sequence rows of a micro-batch in {_form(packing)}")
+    if packing.cp_cut == "zigzag" and cp > 1:
         for sample, room in enumerate(packing.rooms):
             if room % (2 * cp):
                 raise LayoutError(f"2 * cp ({2 * cp}) does not divide room ({room}) of sample {sample}")
-    rows = (packing.rooms[0] if packing.qkv_format == "sbhd" else packing.num_tokens) // cp
+    rows = length // cp
     if rows % tp:
-        raise LayoutError(f"tp ({tp}) does not divide the {rows} sequence rows of a cp rank in {packing.qkv_format}")
+        raise LayoutError(f"tp ({tp}) does not divide the {rows} sequence rows of a cp rank in {_form(packing)}")
     return packing.num_tokens // (cp * tp)
+
+
+def _form(packing: Packing) -> str:
+    return packing.qkv_format if packing.cp_cut == "zigzag" else f"{packing.qkv_format}, cut contiguously"
 
 
 def local_segments(packing: Packing, layout: ParallelLayout, coords: RankCoords) -> npt.NDArray[np.int64]:
     """Return which tokens of which samples a rank's MoE layers see, and at which local rows.
 
-    Context parallelism cuts each sample into 2 * cp chunks, of which a rank has chunks cp_rank and
-    2 * cp - 1 - cp_rank; sequence parallelism, which MoE training always uses with tp > 1, then cuts the rank's
-    sequence rows into tp equal parts.
+    Context parallelism's zigzag cuts each sample into 2 * cp chunks, of which a rank has chunks cp_rank and
+    2 * cp - 1 - cp_rank; its contiguous cut gives a rank interval cp_rank of cp. Sequence parallelism, which MoE
+    training always uses with tp > 1, then cuts the rank's sequence rows into tp equal parts.
 
     Returns:
         [N, 5] int64, C-contiguous; each line is sample, pos, length, row, stride: the tokens pos to pos + length of
@@ -212,7 +229,7 @@ def local_segments(packing: Packing, layout: ParallelLayout, coords: RankCoords)
         megatron/core/tensor_parallel/mappings.py@0.16.1:_split_along_first_dim.
     """
     part = local_num_tokens(packing, layout)
-    samples, starts, lengths = _cp_chunks(packing, layout.cp, coords.cp_rank)
+    samples, starts, lengths = _cp_pieces(packing, layout.cp, coords.cp_rank)
     if packing.qkv_format == "sbhd":
         # A sequence row holds one token of each sample: every sample is cut alike and the samples interleave.
         lines, stride, column = lengths.reshape(packing.num_samples, -1), packing.num_samples, samples
@@ -231,14 +248,20 @@ def local_segments(packing: Packing, layout: ParallelLayout, coords: RankCoords)
     return np.ascontiguousarray(np.stack(columns, axis=1)[last > first])
 
 
-def _cp_chunks(
+def _cp_pieces(
     packing: Packing, cp: int, cp_rank: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return sample, first position and length of a rank's chunks, in the order of its rows of each sample."""
+    """Return sample, first position and length of a rank's pieces, in the order of its rows; some of length 0."""
     samples = np.arange(packing.num_samples, dtype=np.int64)
     rooms = np.array(packing.rooms, dtype=np.int64)
     if cp == 1:
         return samples, np.zeros_like(rooms), rooms
+    if packing.cp_cut == "contiguous":
+        # Where a sample begins: on its own axis if each is cut, else in the stream.
+        begins = np.zeros_like(rooms) if packing.qkv_format == "sbhd" else np.cumsum(rooms) - rooms
+        share = (packing.rooms[0] if packing.qkv_format == "sbhd" else packing.num_tokens) // cp
+        first = np.clip(cp_rank * share - begins, 0, rooms)
+        return samples, first, np.clip((cp_rank + 1) * share - begins, 0, rooms) - first
     chunk = np.repeat(rooms // (2 * cp), 2)
     which = np.tile(np.array([cp_rank, 2 * cp - 1 - cp_rank], dtype=np.int64), packing.num_samples)
     return np.repeat(samples, 2), which * chunk, chunk

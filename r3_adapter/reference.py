@@ -37,12 +37,18 @@ def find_bad_row(
 def tokens_of_cp_rank(packing: Packing, cp: int, cp_rank: int) -> list[list[Token]]:
     """Return the tokens of a context parallel rank, a list for each sequence row.
 
+    A contiguous cut deals equal parts out in order: of each sequence, or of the one stream of all.
+
     Source:
         megatron/core/utils.py@0.16.1:get_batch_on_this_cp_rank (views a sequence as 2 * cp chunks and selects two);
         megatron/core/models/common/embeddings/language_model_embedding.py@0.16.1: [b, s] becomes [s, b].
     """
     sequences = [[(sample, pos) for pos in range(room)] for sample, room in enumerate(packing.rooms)]
-    if cp > 1:
+    if packing.cp_cut == "contiguous":
+        if packing.qkv_format == "thd":
+            sequences = [[token for sequence in sequences for token in sequence]]
+        sequences = [_one_part(sequence, cp, cp_rank) for sequence in sequences]
+    elif cp > 1:
         sequences = [_two_chunks(sequence, cp, cp_rank) for sequence in sequences]
     if packing.qkv_format == "thd":
         return [[token] for sequence in sequences for token in sequence]
@@ -181,6 +187,13 @@ def _fill(
             version_ids[pos] = names.index(version)
             topk_ids[pos, m] = ids
     return version_ids, tuple(names)
+
+
+def _one_part(sequence: list[Token], cp: int, cp_rank: int) -> list[Token]:
+    if len(sequence) % cp:
+        raise LayoutError(f"a sequence of {len(sequence)} tokens cannot be split into {cp} parts")
+    parts = iter(sequence)
+    return [[next(parts) for _ in range(len(sequence) // cp)] for _ in range(cp)][cp_rank]
 
 
 def _two_chunks(sequence: list[Token], cp: int, cp_rank: int) -> list[Token]:

@@ -78,7 +78,7 @@ def check_shape(tokens: torch.Tensor, packing: Packing, cp: int) -> None:
 def name_cut(
     traces: Sequence[RoutingTrace], tokens: npt.NDArray[Any], packing: Packing, layout: ParallelLayout, cp_rank: int
 ) -> str:
-    """Say how tokens that are not the zigzag cut's are cut, if it is a way that is known; an empty string if not.
+    """Say how tokens that are not cut as the packing says are cut, if it is a way that is known; else an empty string.
 
     tokens: [b, s / cp] or [1, t / cp].
     """
@@ -91,28 +91,46 @@ def name_cut(
     for found, says in _cuts(rows, packing, cp, cp_rank):
         real = found != _NO_TOKEN
         if found.shape == tokens.shape and real.any() and np.array_equal(found[real], tokens[real]):
-            return (
-                f"these tokens are cut {says}; replay expects Megatron's zigzag cut, where cp rank {cp_rank} of {cp} "
-                f"has chunks {cp_rank} and {2 * cp - 1 - cp_rank} of {2 * cp} of each sample"
-            )
+            return f"these tokens are cut {says}; {_expected(packing, cp, cp_rank)}" if says else ""
     return ""
+
+
+def _expected(packing: Packing, cp: int, cp_rank: int) -> str:
+    if packing.cp_cut == "zigzag":
+        return (
+            f"replay expects Megatron's zigzag cut, where cp rank {cp_rank} of {cp} has chunks {cp_rank} and "
+            f"{2 * cp - 1 - cp_rank} of {2 * cp} of each sample"
+        )
+    whole = "each sample" if packing.qkv_format == "sbhd" else "the packed stream as a whole"
+    return f"replay expects the packing's contiguous cut, where cp rank {cp_rank} of {cp} has part {cp_rank} of {whole}"
 
 
 def _cuts(
     rows: Sequence[npt.NDArray[np.int64]], packing: Packing, cp: int, cp_rank: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], str]]:
-    """Yield a rank's tokens, as other cuts than Megatron's make them, with the cut's name."""
+    """Yield a rank's tokens in the ways of cutting them, with a name; the packing's own comes first and has none."""
     join: Callable[[list[npt.NDArray[np.int64]]], npt.NDArray[np.int64]]
     join = np.stack if packing.qkv_format == "sbhd" else lambda parts: np.concatenate(parts)[None]
-    yield join([np.array_split(row, cp)[cp_rank] for row in rows]), "contiguously"
+
+    def zigzag(rank: int) -> npt.NDArray[np.int64]:
+        halves = [np.array_split(row, 2 * cp) for row in rows]
+        return join([np.concatenate([half[rank], half[2 * cp - 1 - rank]]) for half in halves])
+
+    def interval(rank: int, parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        return join([np.array_split(part, cp)[rank] for part in parts])
+
+    stream = rows if packing.qkv_format == "sbhd" else [np.concatenate(rows)]
+    own = zigzag if packing.cp_cut == "zigzag" else lambda rank: interval(rank, stream)
+    yield own(cp_rank), ""
+    if packing.cp_cut == "contiguous":
+        yield zigzag(cp_rank), "in Megatron's zigzag, two chunks of each sample"
+    yield interval(cp_rank, rows), "contiguously" if packing.cp_cut == "zigzag" else "contiguously, sample by sample"
     if packing.qkv_format == "thd":
-        stream = np.concatenate(rows)
-        yield np.array_split(stream, cp)[cp_rank][None], "contiguously, the packed stream as a whole"
+        yield interval(cp_rank, stream), "contiguously, the packed stream as a whole"
     yield join([row[cp_rank::cp] for row in rows]), "token by token in turns"
     yield join([row[: len(row) // cp] for row in rows]), "for no rank, or for cp rank 0"
     for other in range(cp):
-        halves = [np.array_split(row, 2 * cp) for row in rows]
-        yield join([np.concatenate([h[other], h[2 * cp - 1 - other]]) for h in halves]), f"for cp rank {other}"
+        yield own(other), f"for cp rank {other}"
 
 
 def _a(value: object) -> str:

@@ -25,13 +25,15 @@ def names(routes):
 
 def packing_for(draw, layout, lengths):
     """Return any packing in which samples of these lengths have room."""
-    unit = 2 * layout.cp if layout.cp > 1 else 1
+    cp_cut = draw(st.sampled_from(["zigzag", "contiguous"]))
+    parts = layout.cp * (2 if cp_cut == "zigzag" and layout.cp > 1 else 1)
+    whole = parts * layout.tp
     if draw(st.booleans()):
-        unit *= layout.tp
-        return Packing.padded(len(lengths), -(-max(*lengths, 1) // unit) * unit)
+        return Packing.padded(len(lengths), -(-max(*lengths, 1) // whole) * whole, cp_cut=cp_cut)
+    unit = 1 if cp_cut == "contiguous" else parts
     rooms = [-(-length // unit) * unit + unit * draw(st.integers(0, 1)) for length in lengths]
-    rooms[-1] += -sum(rooms) % (unit * layout.tp)
-    return Packing.packed(np.cumsum([0, *rooms]))
+    rooms[-1] += -sum(rooms) % whole
+    return Packing.packed(np.cumsum([0, *rooms]), cp_cut=cp_cut)
 
 
 @settings(max_examples=150)

@@ -103,6 +103,18 @@ def fits(dtype, num_experts):
     return num_experts <= np.iinfo(dtype).max + (np.dtype(dtype).kind == "i")
 
 
+def make_packing(draw, layout, num_samples):
+    """Return a packing that the layout can cut; a contiguous cut of a stream asks nothing of the samples in it."""
+    cp_cut = draw(st.sampled_from(["zigzag", "contiguous"]))
+    whole = layout.tp * (2 if cp_cut == "zigzag" and layout.cp > 1 else 1) * layout.cp
+    if draw(st.booleans()):
+        return Packing.padded(num_samples, whole * draw(st.integers(1, 2)), cp_cut=cp_cut)
+    unit = 1 if cp_cut == "contiguous" or layout.cp == 1 else 2 * layout.cp
+    lengths = [unit * draw(st.integers(0, 4)) for _ in range(num_samples - 1)]
+    lengths.append(-sum(lengths) % whole + whole * draw(st.integers(0, 1)))
+    return Packing.packed(np.cumsum([0, *lengths]), cp_cut=cp_cut)
+
+
 def make_case(draw, layout, topk=None, num_experts=None, dtype=None):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     if num_experts is None:
@@ -115,14 +127,7 @@ def make_case(draw, layout, topk=None, num_experts=None, dtype=None):
     layer_ids = np.sort(rng.choice(9, num_layers, replace=False)).tolist()
     # Interleaved stages, some of them without MoE layers.
     stages = [layer_ids[stage :: layout.pp] for stage in range(layout.pp)]
-    unit = 2 * layout.cp if layout.cp > 1 else 1
-    num_samples = draw(st.integers(1, 3))
-    if draw(st.booleans()):
-        packing = Packing.padded(num_samples, unit * layout.tp * draw(st.integers(1, 2)))
-    else:
-        lengths = [unit * draw(st.integers(0, 4)) for _ in range(num_samples - 1)]
-        lengths.append(-sum(lengths) % (unit * layout.tp) + unit * layout.tp * draw(st.integers(0, 1)))
-        packing = Packing.packed(np.cumsum([0, *lengths]))
+    packing = make_packing(draw, layout, num_samples=draw(st.integers(1, 3)))
     traces = [
         make_trace(rng, draw(st.integers(0, room)), layer_ids, topk, num_experts, ["a", "b", "c"][sample:])
         for sample, room in enumerate(packing.rooms)

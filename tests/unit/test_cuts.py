@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from r3_adapter.layout import Packing, ParallelLayout, local_segments
+from r3_adapter.layout import CpCut, Packing, ParallelLayout, local_segments
 from r3_adapter.megatron.inputs import name_cut
+from r3_adapter.reference import tokens_of_cp_rank
 from r3_adapter.trace import RoutingTrace
 
 LENGTHS = (19, 24, 13)
@@ -56,6 +57,41 @@ def test_cuts_of_a_packed_batch(cp: int, rank: int) -> None:
     assert "cut contiguously;" in name_cut(traces(), each, packing, layout, rank)
     whole = np.split(grid().reshape(1, -1), cp, axis=1)[rank]
     assert "cut contiguously, the packed stream as a whole;" in name_cut(traces(), whole, packing, layout, rank)
+
+
+@pytest.mark.parametrize(("cp", "rank"), CASES)
+def test_other_cuts_than_a_contiguous_one(cp: int, rank: int) -> None:
+    layout, other = ParallelLayout(cp=cp), (rank + 1) % cp
+    padded, stream = (Packing.padded(3, 24, cp_cut="contiguous"), Packing.packed([0, 24, 48, 72], cp_cut="contiguous"))
+    chunks = np.split(grid(), 2 * cp, axis=1)
+    zigzag = np.concatenate([chunks[rank], chunks[2 * cp - 1 - rank]], axis=1)
+    # The middle chunks of an odd number of ranks are the interval.
+    if (cp, rank) != (3, 1):
+        assert name_cut(traces(), zigzag, padded, layout, rank) == (
+            "these tokens are cut in Megatron's zigzag, two chunks of each sample; replay expects the packing's "
+            f"contiguous cut, where cp rank {rank} of {cp} has part {rank} of each sample"
+        )
+    assert (
+        f"zigzag, two chunks of each sample; replay expects the packing's contiguous cut, where cp rank {rank} of {cp} "
+        f"has part {rank} of the packed stream as a whole"
+        in name_cut(traces(), zigzag.reshape(1, -1), stream, layout, rank)
+    )
+    parts = np.split(grid(), cp, axis=1)
+    assert (f"cut for cp rank {other};" if other else "or for cp rank 0;") in name_cut(
+        traces(), parts[other], padded, layout, rank
+    )
+    if (cp, rank) != (3, 1):
+        each = parts[rank].reshape(1, -1)
+        assert "cut contiguously, sample by sample;" in name_cut(traces(), each, stream, layout, rank)
+
+
+@pytest.mark.parametrize("cp_cut", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(("cp", "rank"), CASES)
+def test_the_cut_that_is_expected_has_no_name(cp: int, rank: int, cp_cut: CpCut) -> None:
+    for packing in (Packing.padded(3, 24, cp_cut=cp_cut), Packing.packed([0, 24, 48, 72], cp_cut=cp_cut)):
+        places = np.array(tokens_of_cp_rank(packing, cp, rank))
+        rows = grid()[places[..., 0], places[..., 1]]
+        assert name_cut(traces(), rows.T, packing, ParallelLayout(cp=cp), rank) == ""
 
 
 @pytest.mark.parametrize(("cp", "rank"), CASES)

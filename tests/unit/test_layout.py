@@ -66,6 +66,34 @@ def test_packed_samples_are_cut_each_by_itself():
     assert list(rows_of(packing, layout, 1).values()) == [(0, 1), (0, 2), (2, 2), (2, 3), (2, 4), (2, 5)]
 
 
+def test_a_contiguous_cut_gives_each_rank_an_interval():
+    layout = ParallelLayout(tp=2, cp=2)
+    padded = Packing.padded(2, 4, cp_cut="contiguous")
+    assert [rows_of(padded, layout, rank) for rank in (1, 2)] == [{0: (0, 1), 1: (1, 1)}, {0: (0, 2), 1: (1, 2)}]
+    # The samples' lengths need not divide: the whole stream does, with its tail of padding.
+    stream = Packing.packed([0, 3, 3, 10, 12], cp_cut="contiguous")
+    assert [list(rows_of(stream, layout, rank).values()) for rank in range(4)] == [
+        [(0, 0), (0, 1), (0, 2)],
+        [(2, 0), (2, 1), (2, 2)],
+        [(2, 3), (2, 4), (2, 5)],
+        [(2, 6), (3, 0), (3, 1)],
+    ]
+
+
+def test_a_contiguous_cut_of_a_length_that_does_not_divide_is_refused():
+    padded, stream = Packing.padded(2, 5, cp_cut="contiguous"), Packing.packed([0, 3, 10], cp_cut="contiguous")
+    with pytest.raises(
+        LayoutError, match=r"^cp \(2\) does not divide the 5 sequence rows of a micro-batch in sbhd, cut"
+    ):
+        local_num_tokens(padded, ParallelLayout(cp=2))
+    with pytest.raises(
+        LayoutError, match=r"^tp \(2\) does not divide the 5 sequence rows of a cp rank in thd, cut conti"
+    ):
+        local_num_tokens(stream, ParallelLayout(tp=2, cp=2))
+    with pytest.raises(LayoutError, match=r"cp_cut 'zig-zag' is none of"):
+        Packing.packed([0, 4], cp_cut="zig-zag")
+
+
 def test_sequence_parallel_ranks_cut_the_rows_of_their_context_parallel_rank():
     layout = ParallelLayout(tp=2, cp=2)
     packing = Packing.padded(2, 8)
