@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from r3_adapter.errors import LayoutError, TraceError
 from r3_adapter.layout import Packing, ParallelLayout
-from r3_adapter.repack import LIVE, PADDING, RankRoutes
+from r3_adapter.repack import LIVE, PADDING, LastRow, RankRoutes
 from r3_adapter.trace import RoutingTrace, ids_dtype
 
 Token = tuple[int, int]
@@ -74,6 +74,7 @@ def repack(
     layer_ids: Sequence[int],
     input_ids: npt.NDArray[np.integer] | None = None,
     dtype: npt.DTypeLike = np.int16,
+    last_row: LastRow = "live",
 ) -> RankRoutes:
     """Return what `r3_adapter.repack.repack` returns, with one segment a row."""
     tokens = tokens_of_rank(packing, layout, rank)
@@ -86,7 +87,8 @@ def repack(
     num_padding = 0
     for row, (sample, pos) in enumerate(tokens):
         trace = traces[sample]
-        if pos >= trace.num_tokens:
+        balanced = last_row == "balanced" and pos == trace.num_tokens - 1 and not trace.captured[pos]
+        if pos >= trace.num_tokens or balanced:
             row_versions[row] = PADDING
             ids = {layer: padding_row(num_padding, num_experts, topk, layout.ep) for layer in layer_ids}
             num_padding += 1

@@ -5,19 +5,22 @@ S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts;
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from r3_adapter import _core
 from r3_adapter.arena import Arena, aligned_empty
-from r3_adapter.errors import LayoutError, TraceError, check_whole, show
+from r3_adapter.errors import LayoutError, TraceError, check_choice, check_whole, show
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
 from r3_adapter.trace import ModelId, RoutingTrace, ids_dtype
 
 LIVE = -1
 PADDING = -2
+
+LastRow = Literal["live", "balanced"]
+"""What the last token of a sample gets if it has no route: its router's own choice, or balanced experts as padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,8 @@ class RankRoutes:
 
     topk_ids: [M_local, T, K] uint8, uint16, int16, int32 or int64, C-contiguous; distinct expert ids in a row; all bits
         set (-1 where signed) in a live row; ids that load experts evenly in a padding row.
-    row_versions: [T] int32; index into weight_versions of a replayed row, LIVE, or PADDING.
+    row_versions: [T] int32; index into weight_versions of a replayed row, LIVE, or PADDING, which is also that of a
+        sample's last token with `last_row="balanced"`.
     weight_versions: names of the weights that computed the rows.
     layer_ids: [M_local] int32; global decoder layer of each local MoE layer.
     segments: [N, 5] int64; which tokens lie at which rows, as `local_segments` gives them.
@@ -74,7 +78,7 @@ class RankRoutes:
 
     @property
     def num_padding(self) -> int:
-        """Number of rows without a token."""
+        """Number of rows with balanced experts: without a token, or of a last one with `last_row="balanced"`."""
         return int(np.count_nonzero(self.row_versions == PADDING))
 
 
@@ -90,6 +94,7 @@ def repack(
     num_threads: int = 1,
     count: bool = False,
     arena: Arena | None = None,
+    last_row: LastRow = "live",
 ) -> RankRoutes:
     """Return what a rank's MoE layers need of the traces of a micro-batch, in one pass.
 
@@ -105,11 +110,14 @@ def repack(
         num_threads: threads to copy with.
         count: fill `counts` in the same pass; without it they are counted when they are first asked for.
         arena: memory for the ids and the row versions that is used again; default: new memory each time.
+        last_row: "balanced": the last token of a trace, if it has no route, is given experts as padding is, and counted
+            as padding; `collect` does not take such shards back. Other rows without a route are live.
 
     Raises:
         TraceError: traces that disagree, or whose tokens are not those of the micro-batch; names sample and position.
         LayoutError: traces, layers or a dtype that do not fit the packing, the layout or the model.
     """
+    check_choice("last_row", last_row, LastRow, LayoutError)
     _check_traces(traces, packing)
     coords = layout.coords(rank)
     num_rows = local_num_tokens(packing, layout)
@@ -146,6 +154,7 @@ def repack(
             expected_ids=expected,
             version_maps=maps,
             num_threads=check_whole("num_threads", num_threads, error=LayoutError),
+            **({"balance_last": True} if last_row == "balanced" else {}),
         )
     except ValueError as error:
         raise TraceError(f"rank {rank}: {error}") from error

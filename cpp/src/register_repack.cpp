@@ -30,6 +30,7 @@ struct Request {
   std::optional<py::list> version_maps;
   std::int64_t num_threads;
   std::size_t stream_from;
+  bool balance_last;
 };
 
 // A view keeps its array alive while the list that it came from may change.
@@ -51,6 +52,7 @@ void add_trace(RepackJob<Id, Out>& job, Inputs<Id>& inputs, Request const& reque
   check_length(Name(name.array, i, " dimension 1"), ids.shape[1], "topk_ids[0]", job.num_layers);
   check_length(Name(name.array, i, " dimension 2"), ids.shape[2], "out", job.topk);
   Trace<Id> trace{ids.data, versions.data, nullptr, ids.shape[0], {}};
+  trace.pad_last = request.balance_last && trace.num_tokens > 0 && versions.data[trace.num_tokens - 1] < 0;
   if (request.token_ids) {
     auto tokens = view<std::int32_t const, 1>((*request.token_ids)[i], Name("token_ids", i));
     check_length(Name("token_ids", i), tokens.shape[0], name, ids.shape[0]);
@@ -116,7 +118,7 @@ void repack_into(py::list topk_ids, py::list version_ids, py::array segments, py
                  py::array row_versions, std::int64_t num_experts, std::int64_t ep_size,
                  std::optional<py::array> counts, std::optional<py::list> token_ids,
                  std::optional<py::array> expected_ids, std::optional<py::list> version_maps, std::int64_t num_threads,
-                 std::size_t stream_from) {
+                 std::size_t stream_from, bool balance_last) {
   if (topk_ids.empty()) {
     refuse("topk_ids: no traces");
   }
@@ -133,8 +135,9 @@ void repack_into(py::list topk_ids, py::list version_ids, py::array segments, py
   if (!py::isinstance<py::array>(topk_ids[0])) {
     refuse("topk_ids[0] is not a numpy array");
   }
-  Request const request{topk_ids, version_ids, segments,  layer_indices, out,          row_versions, num_experts,
-                        ep_size,  counts,      token_ids, expected_ids,  version_maps, num_threads,  stream_from};
+  Request const request{topk_ids,     version_ids,  segments,    layer_indices, out,
+                        row_versions, num_experts,  ep_size,     counts,        token_ids,
+                        expected_ids, version_maps, num_threads, stream_from,   balance_last};
   with_trace_dtype(topk_ids[0].cast<py::array>(), "topk_ids[0]", [&]<class Id>() {
     with_local_dtype(out, "out", [&]<class Out>() { repack_typed<Id, Out>(request); });
   });
@@ -162,7 +165,8 @@ void register_repack(py::module_& module) {
              py::arg("row_versions").noconvert(), py::arg("num_experts"), py::arg("ep_size"),
              py::arg("counts").noconvert() = py::none(), py::arg("token_ids").noconvert() = py::none(),
              py::arg("expected_ids").noconvert() = py::none(), py::arg("version_maps").noconvert() = py::none(),
-             py::arg("num_threads") = 1, py::arg("stream_from") = std::size_t{1} << 22);
+             py::arg("num_threads") = 1, py::arg("stream_from") = std::size_t{1} << 22,
+             py::arg("balance_last") = false);
 }
 
 }  // namespace r3

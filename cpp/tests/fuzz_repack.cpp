@@ -33,7 +33,8 @@ void repack(Input input) {
     tokens.push_back(input.numbers<std::int32_t>(length));
     maps.push_back(input.numbers<std::int32_t>(input.up_to(3)));
     ids.push_back(input.numbers<Id>(length * job.num_layers * job.topk));
-    job.traces.push_back({ids[i].data(), versions[i].data(), tokens[i].data(), length, maps[i]});
+    bool const pad_last = length > 0 && input.up_to(1) == 1;
+    job.traces.push_back({ids[i].data(), versions[i].data(), tokens[i].data(), length, maps[i], pad_last});
   }
   std::vector<std::int64_t> expected(job.num_rows), counts(layers.size() * job.num_experts);
   std::vector<std::int32_t> row_versions(job.num_rows);

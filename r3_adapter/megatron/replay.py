@@ -20,7 +20,7 @@ from r3_adapter.megatron.dispatch import COUNTS, UNPLANNED, Plan, check_astray, 
 from r3_adapter.megatron.feeding import FEEDS, Channel
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
 from r3_adapter.megatron.reach import check_reach
-from r3_adapter.repack import LIVE, RankRoutes, repack
+from r3_adapter.repack import LIVE, LastRow, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
 Staleness = Literal["refuse", "live", "keep"]
@@ -75,6 +75,7 @@ def prepare_step(
     *,
     weight_version: str | None = None,
     staleness: Staleness = "refuse",
+    last_row: LastRow = "live",
     layout: ParallelLayout | None = None,
     arena: Arena | None = None,
     plan: bool = True,
@@ -87,7 +88,7 @@ def prepare_step(
 
     chunks: this rank's model chunks; more than one with VPP.
     micro_batches: of this rank, in the order in which the schedule takes them.
-    weight_version, staleness, arena, backend: as for `prepare`.
+    weight_version, staleness, last_row, arena, backend: as for `prepare`.
     plan: exchange token counts, so that MoE layers need not; where that cannot be, each batch's plan says why.
 
     Returns:
@@ -100,6 +101,7 @@ def prepare_step(
 
     def make() -> list[list[ReplayBatch]]:
         check_choice("staleness", staleness, Staleness, ReplayError)
+        check_choice("last_row", last_row, LastRow, ReplayError)
         _check_step(chunks, micro_batches)
         check_astray([dict(moe_layers(chunk)) for chunk in chunks])
         return [
@@ -112,6 +114,7 @@ def prepare_step(
                     layout=layout,
                     weight_version=weight_version,
                     staleness=staleness,
+                    last_row=last_row,
                     arena=arena,
                     place=f"micro-batch {index}",
                     backend=backend,
@@ -237,6 +240,7 @@ def prepare(
     layout: ParallelLayout | None = None,
     weight_version: str | None = None,
     staleness: Staleness = "refuse",
+    last_row: LastRow = "live",
     arena: Arena | None = None,
     place: str = "micro-batch",
     backend: Backend = "patch",
@@ -249,11 +253,16 @@ def prepare(
     chunk: the model chunk whose forward gets the routes.
     traces: one for each sample of the micro-batch, in order.
     tokens: [b, s] int64; the input_ids that this rank's model is given, [b, s / cp] under context parallelism; padding
-        behind each sample. [1, t] or [1, t / cp] if packed.
-    packing: how the samples lie in the micro-batch; the default is a padded batch of the tokens' shape.
+        behind each sample. [1, t] or [1, t / cp] if packed. The model turns them to [s, b], so that row r of its
+        routers, and of the routes, is token r // b of sample r % b.
+    packing: how the samples lie in the micro-batch, and how context parallelism cuts it; the default is a padded batch
+        of the tokens' shape, in Megatron's zigzag.
     layout: default: Megatron's own.
     weight_version: the trainer's weights by the engine's name; None to take rows of any.
     staleness: what to do with rows of other weights.
+    last_row: of a sample whose last token is fed and has no route: "live", or "balanced" to give it experts as padding
+        has, so that the batch has no live row for it. Only for a loop in which nothing reads that row: no label, value
+        or reward is taken from it.
     arena: memory for the routes on the host, used again when nothing refers to a batch any more.
     place: names the micro-batch in errors.
     backend: how the experts will get to the routers; "auto": as the model is attached, "patch" if it is not.
@@ -263,6 +272,7 @@ def prepare(
             position, and both operands.
     """
     check_choice("staleness", staleness, Staleness, ReplayError)
+    check_choice("last_row", last_row, LastRow, ReplayError)
     channel = _channel(chunk, backend)
     check_inputs(traces, tokens, packing, weight_version)
     rank, layout = own_rank(), layout or current_layout()
@@ -288,6 +298,7 @@ def prepare(
             input_ids=input_ids if packing.qkv_format == "sbhd" else input_ids.reshape(-1),
             dtype=np.dtype(np.int16),
             arena=arena,
+            last_row=last_row,
         )
     except R3Error as error:
         says = str(error).removeprefix(f"rank {rank}: ")

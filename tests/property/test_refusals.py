@@ -45,6 +45,35 @@ def test_the_small_example_by_hand():
     assert (found.num_replayed, found.num_live, found.num_padding) == (5, 2, 1)
 
 
+def test_last_rows_with_balanced_experts_by_hand():
+    found = routes(layer_ids=[4], last_row="balanced", count=True)
+    # Padding rows take turns: the ranks of ep 2 have experts 0 to 2 and 3 to 5.
+    assert found.topk_ids.tolist() == [[[3, 4], [4, 5], [0, 3], [1, 4], [3, 4], [4, 5], [5, 0], [2, 5]]]
+    assert found.row_versions.tolist() == [0, 0, PADDING, PADDING, 1, 1, 1, PADDING]
+    assert (found.num_replayed, found.num_live, found.num_padding) == (5, 0, 3)
+    assert found.counts.tolist() == [[2, 1, 1, 3, 5, 4]]
+
+
+def test_only_a_last_row_without_a_route_is_balanced():
+    first, second = (replace(trace, version_ids=trace.version_ids.copy()) for trace in TRACES)
+    first = replace(first, topk_ids=np.roll(first.topk_ids, 1, axis=0), version_ids=np.array([-1, 0, 0], np.int32))
+    second = replace(second, topk_ids=second.topk_ids * 0, version_ids=np.full(4, -1, np.int32), weight_versions=())
+    found = routes(traces=[first, second], last_row="balanced")
+    assert found.row_versions.tolist() == [LIVE, 0, 0, PADDING, LIVE, LIVE, LIVE, PADDING]
+
+
+def test_a_balanced_last_row_is_still_of_its_token():
+    tokens = np.array([100, 101, 102, -1, 200, 201, 202, 203])
+    assert routes(input_ids=tokens, last_row="balanced").num_live == 0
+    for row in (2, 7):
+        with pytest.raises(TraceError, match=rf"!= 99 of the micro-batch at local row {row}$"):
+            routes(input_ids=np.where(np.arange(8) == row, 99, tokens), last_row="balanced")
+    with pytest.raises(LayoutError, match="last_row 'padding' is none of 'live', 'balanced'"):
+        routes(last_row="padding")
+    with pytest.raises(TraceError, match=r"row_versions\[2\] .* sample 0, token 2 is not padding"):
+        collected(routes(last_row="balanced"))
+
+
 def test_repack_refuses():
     other = replace(TRACES[1], num_experts=7)
     wide = replace(

@@ -39,6 +39,7 @@ class Case(NamedTuple):
     layout: ParallelLayout
     stages: list
     dtype: type
+    last_row: str = "live"
 
     def repack_all(self, function=repack, dp_rank=0, **options):
         """Return the routes of all ranks of one copy of the micro-batch."""
@@ -52,6 +53,7 @@ class Case(NamedTuple):
                 layer_ids=self.stages[place.pp_rank],
                 dtype=self.dtype,
                 input_ids=input_ids(self, place.cp_rank),
+                last_row=self.last_row,
                 **options,
             )
             for rank, place in enumerate(coords)
@@ -154,9 +156,26 @@ def check(case):
     for found, wanted in zip(native, slow, strict=True):
         assert_same_routes(found, wanted)
         assert found.num_replayed + found.num_live + found.num_padding == found.topk_ids.shape[1]
+    check_last_rows(case._replace(last_row="balanced"))
     assert case.collect(native) == case.traces
     assert case.collect(slow) == case.traces
     assert case.collect(native, reference.collect) == case.traces
+
+
+def check_last_rows(case):
+    """Without their live rows, last tokens count as padding, and every token is still on one rank of a stage."""
+    native, slow = case.repack_all(count=True), case.repack_all(reference.repack)
+    for found, wanted in zip(native, slow, strict=True):
+        assert_same_routes(found, wanted)
+    tokens = [place for shard in native for place in expand(shard.segments)[:, :2].tolist()]
+    every = [[sample, pos] for sample, room in enumerate(case.packing.rooms) for pos in range(room)]
+    assert sorted(tokens) == sorted(every * case.layout.pp)
+    last = sum(trace.num_tokens > 0 and not trace.captured[-1] for trace in case.traces)
+    fed = sum(trace.num_tokens for trace in case.traces)
+    counted = [sum(shard.num_padding for shard in native), sum(shard.num_live for shard in native)]
+    captured = sum(int(trace.captured.sum()) for trace in case.traces)
+    stages = case.layout.pp
+    assert counted == [stages * (case.packing.num_tokens - fed + last), stages * (fed - captured - last)]
 
 
 def test_layouts_are_all_there():

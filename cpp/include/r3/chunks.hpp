@@ -23,6 +23,7 @@ struct Trace {
   std::int32_t const* token_ids;                   // [S], or null
   std::size_t num_tokens;                          // S
   std::span<std::int32_t const> version_map = {};  // what to call each version instead; empty: as it is
+  bool pad_last = false;                           // the last token's row is a padding row; only with S > 0
 };
 
 template <class Id, class Out>
@@ -77,7 +78,7 @@ class ChunkReader {
     std::size_t padding = 0;
     for (Segment const& segment : job.segments) {
       std::int64_t const before = SegmentWalk::tokens_before(segment, static_cast<std::int64_t>(begin));
-      padding += static_cast<std::size_t>(std::max<std::int64_t>(0, before - tokens_of_trace(segment)));
+      padding += static_cast<std::size_t>(std::max<std::int64_t>(0, before - rows_of_trace(segment)));
     }
     padding_at_ = padding % job.num_experts * job.topk % job.num_experts;
   }
@@ -90,11 +91,11 @@ class ChunkReader {
     bool twice = false, padding = false;
     segments_.chunk(static_cast<std::int64_t>(first), static_cast<std::int64_t>(last), [&](Piece const& piece) {
       Segment const& segment = job_.segments[piece.number];
-      std::int64_t const captured = std::clamp(tokens_of_trace(segment), piece.begin, piece.end);
-      twice |= read_run(run_of(segment, piece.begin, captured));
-      twice |= pad_run(run_of(segment, captured, piece.end));
+      std::int64_t const read = std::clamp(rows_of_trace(segment), piece.begin, piece.end);
+      twice |= read_run(run_of(segment, piece.begin, read));
+      twice |= pad_run(run_of(segment, read, piece.end));
       covered += static_cast<std::size_t>(piece.end - piece.begin);
-      padding |= captured < piece.end;
+      padding |= read < piece.end;
     });
     if (twice || covered != last - first) {
       places_of_rows(job_.segments, job_.traces.size(), job_.num_rows);  // says which row it is
@@ -113,10 +114,16 @@ class ChunkReader {
   std::span<std::int32_t const> versions() const { return versions_; }
 
  private:
-  // How many tokens of a segment its trace has.
-  std::int64_t tokens_of_trace(Segment const& segment) const {
+  // How many tokens of a segment its trace has, without the trace's last ones that are left out.
+  std::int64_t tokens_of_trace(Segment const& segment, std::int64_t left_out = 0) const {
     auto const num_tokens = static_cast<std::int64_t>(job_.traces[static_cast<std::size_t>(segment.sample)].num_tokens);
-    return std::clamp<std::int64_t>(num_tokens - std::min(num_tokens, segment.pos), 0, segment.length);
+    std::int64_t const end = num_tokens - left_out;
+    return std::clamp<std::int64_t>(end - std::min(end, segment.pos), 0, segment.length);
+  }
+
+  // How many rows of a segment are read from its trace; padding follows them.
+  std::int64_t rows_of_trace(Segment const& segment) const {
+    return tokens_of_trace(segment, job_.traces[static_cast<std::size_t>(segment.sample)].pad_last ? 1 : 0);
   }
 
   static Run run_of(Segment const& segment, std::int64_t begin, std::int64_t end) {
