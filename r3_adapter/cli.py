@@ -1,7 +1,7 @@
 """The `r3` command.
 
-Exit codes: 0 done; 1 a check said no (`patch verify`, `prove`, `plan`); 2 refused or used wrongly, with the reason on
-stderr.
+Exit codes: 0 done; 1 a check said no (`patch verify`, `prove`, `plan`, `doctor`); 2 refused or used wrongly, with the
+reason on stderr.
 
 A subcommand is a function that adds its parser and sets `run`; list it in COMMANDS. Import engines and torch inside
 `run` only: `r3 patch` has to work before they can be imported.
@@ -139,7 +139,22 @@ def add_report(subparsers: "Subparsers") -> None:
     parser.set_defaults(run=_report_runs)
 
 
-COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (add_patch, add_prove, add_plan, add_bench, add_report)
+def add_doctor(subparsers: "Subparsers") -> None:
+    """Add `r3 doctor`."""
+    text = "say how this machine and installation stand, a line each with what to do: quote it when you report a fault"
+    parser = subparsers.add_parser("doctor", help=text, description=text)
+    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the findings here too")
+    parser.set_defaults(run=_doctor)
+
+
+COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
+    add_patch,
+    add_prove,
+    add_plan,
+    add_bench,
+    add_report,
+    add_doctor,
+)
 
 
 def _add_site(parser: argparse.ArgumentParser) -> None:
@@ -299,6 +314,18 @@ def _report_runs(args: argparse.Namespace) -> int:
     for run in write_page(args.out, args.runs):
         print(last_line(run.summary, args.out))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from r3_adapter.doctor import Grade, examine, summary, to_json
+
+    findings = examine()
+    for each in findings:
+        print(each, flush=True)
+    print(summary(findings))
+    if args.json:
+        args.json.write_text(to_json(findings) + "\n", encoding="utf-8")
+    return 1 if any(each.grade is Grade.BAD for each in findings) else 0
 
 
 def _print_json(report: Mapping[str, Any], path: Path | None) -> None:
