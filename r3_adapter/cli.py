@@ -310,8 +310,12 @@ def _bench_repack(args: argparse.Namespace) -> int:
 def _report_runs(args: argparse.Namespace) -> int:
     from r3_adapter.report import last_line
     from r3_adapter.runs.page import write_page
+    from r3_adapter.runs.verdict import verdicts
 
-    for run in write_page(args.out, args.runs):
+    runs = write_page(args.out, args.runs)
+    for said in verdicts(runs):
+        print(said)
+    for run in runs:
         print(last_line(run.summary, args.out))
     return 0
 

@@ -1,5 +1,6 @@
 """Tables, plots and progress bars of a comparison between trainer and rollout."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from r3_adapter.metrics import Gap, Logprobs, gap
+from r3_adapter.signals import say
+
+_FIGURES = (("reward", "reward"), ("k3", "k3"), ("gradient norm", "grad_norm"))
+QUIET_S = 30.0
+"""Between two lines of steps that have no figures."""
 
 Tick = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
@@ -115,12 +121,20 @@ def progress_bars(names: Sequence[str]) -> Iterator[list[Tick]]:
         yield [ticker(task) for task in tasks]
 
 
+Show = Callable[[Mapping[str, Any]], None]
+"""Takes the metrics of a step, once it is done."""
+
+
 @contextmanager
-def run_progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show a long run's steps on stderr, with reward and k3 KL; yield the function that takes each step's metrics.
+def run_progress(name: str, total: int, done: int = 0) -> Iterator[Show]:
+    """Show a long run's steps on stderr: a bar where that is a terminal, else a line a step, which a log keeps.
 
     done: steps that were there when the run was resumed.
     """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _step_lines(name, total, done)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -129,14 +143,38 @@ def run_progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[Map
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(escape(name), total=total, completed=done, figures="")
 
         def show(step: Mapping[str, Any]) -> None:
-            figures = [f"{label} {step[key]:.3g}" for label, key in (("reward", "reward"), ("k3", "k3")) if key in step]
-            progress.update(task, advance=1, figures="  ".join(figures))
+            progress.update(task, advance=1, figures=_figures(step))
 
         yield show
+
+
+def _step_lines(name: str, total: int, done: int) -> Show:
+    """Return what says each step in a line; steps without figures are said at most every half minute."""
+    said = time.monotonic()
+
+    def show(step: Mapping[str, Any]) -> None:
+        nonlocal done, said
+        done, now = done + 1, time.monotonic()
+        if step or done == total or now - said >= QUIET_S:
+            said = now
+            say(f"{name}: step {done} of {total}  {_figures(step)}".rstrip())
+
+    return show
+
+
+def _figures(step: Mapping[str, Any]) -> str:
+    """Return what a step's line has: reward, k3, gradient norm, rows and seconds, as far as they are recorded."""
+    rows, seconds = step.get("rows", {}), step.get("seconds", {})
+    said = [f"{label} {step[key]:.3g}" for label, key in _FIGURES if key in step]
+    if "replayed" in rows:
+        said.append(f"rows {rows['replayed']:,} replayed, {rows.get('live', 0):,} live, {rows.get('stale', 0):,} stale")
+    if "step" in seconds:
+        said.append(f"{seconds['step']:.1f} s")
+    return "  ".join(said)
 
 
 def last_line(summary: Mapping[str, Any], page: Path) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from r3_adapter.errors import R3Error
 from r3_adapter.runs.log import ROWS, Run, mean
 from r3_adapter.runs.plots import (
+    AGAINST_ROLLOUT,
     SECTIONS,
     Chart,
     agreement_charts,
@@ -28,6 +29,7 @@ from r3_adapter.runs.plots import (
     style,
 )
 from r3_adapter.runs.variants import Figure, Variant, at, variants_of
+from r3_adapter.runs.verdict import verdicts
 
 MAX_EVENTS = 500
 NONE = "\N{EN DASH}"
@@ -60,11 +62,12 @@ Named = tuple[str, Chart | None]
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the comparison: what it is of each run, and how it is written."""
+    """A row of the comparison: what it is of each run, how it is written, and which end of it is the better one."""
 
     title: str
     of: Callable[[Run], float | None]
     show: Callable[[float], str]
+    better: Callable[[Sequence[float]], float] | None = None
 
 
 def write_page(path: Path, folders: Sequence[Path]) -> list[Run]:
@@ -118,10 +121,8 @@ def _sections(variants: Sequence[Variant], charts: list[Chart]) -> str:
     stages: list[Named] = [(chart.title, chart) for chart in stage_charts(variants)]
     sections["Time"] = [*(stages or [("Stages", None)]), *sections["Time"]]
     layers: list[Named] = [(chart.title, chart) for chart in agreement_charts(variants, width)]
-    sections["Rows, and agreement of live routing with the rollout"] = [
-        ("Rows", row_chart(variants)),
-        *(layers or [("Agreement by layer", None)]),
-    ]
+    sections[AGAINST_ROLLOUT].append(("Rows", row_chart(variants)))
+    sections["Agreement of live routing with the rollout"] = layers or [("Agreement by layer", None)]
     html = []
     for title, found in sections.items():
         figures = []
@@ -151,12 +152,14 @@ def _head(variants: Sequence[Variant]) -> str:
     versions = {key: value for run in variants[0].runs for key, value in run.config["versions"].items()}
     lines += [f"{key} {value}" for key, value in versions.items() if all(found.get(key) == value for found in settings)]
     notes = []
-    for run in (run for variant in variants for run in variant.runs):
-        if not run.finished:
-            notes.append(f"{run.name} has not ended, or did not end well: {len(run.steps)} steps so far")
+    runs = [run for variant in variants for run in variant.runs]
+    for run in runs:
         notes += [f"{run.name}: {name} ends in half a line, which is left out" for name in run.half]
     facts = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<ul class="facts">{facts}</ul>' + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    said = "".join(f"<li>{escape(line)}</li>" for line in verdicts(runs))
+    return f'<ul class="verdict">{said}</ul><ul class="facts">{facts}</ul>' + "".join(
+        f'<p class="note">{escape(note)}</p>' for note in notes
+    )
 
 
 def _legend(variants: Sequence[Variant]) -> str:
@@ -190,7 +193,7 @@ def _comparison(variants: Sequence[Variant], colors: Sequence[str]) -> str:
     for row in _rows():
         totals = [variant.totals(row.of) for variant in variants]
         if any(totals):
-            body.append(_cells("", row.title, [_spread(found, row.show) for found in totals]))
+            body.append(_cells("", row.title, _marked(totals, row)))
     body.append(_cells("", "collapsed", [_collapsed(variant) for variant in variants]))
     body.append(_cells("", "events", [_event_counts(variant) for variant in variants]))
     head = f"<thead><tr><td></td>{heads}</tr></thead>"
@@ -220,18 +223,31 @@ def _rows() -> list[Row]:
     rows = [
         Row("steps", lambda run: len(run.steps), _count),
         Row("reward, first tenth of the steps", summed("reward_first"), _short),
-        Row("reward, last tenth of the steps", summed("reward_last"), _short),
-        Row("k3 KL, mean", summed("k3"), _short),
-        Row("F(2), mean", summed("f_2"), _short),
+        Row("reward, last tenth of the steps", summed("reward_last"), _short, max),
+        Row("k3 KL, mean", summed("k3"), _short, min),
+        Row("F(2), mean", summed("f_2"), _short, min),
         Row("gradient norm, mean", average(at("grad_norm")), _short),
     ]
     rows += [Row(f"rows {kind}", total(at(f"rows/{kind}")), _count) for kind in ROWS]
     rows += [Row(f"micro-batches {kind}", total(at(f"micro_batches/{kind}")), _count) for kind in ("all", "planned")]
     return [
         *rows,
-        Row("seconds a step", average(at("seconds/step")), _short),
+        Row("seconds a step", average(at("seconds/step")), _short, min),
         Row("R3's share of step time", summed("r3_share"), lambda value: f"{value:.2%}"),
         Row("route bytes a response token", bytes_a_token, _short),
+    ]
+
+
+def _marked(totals: Sequence[Sequence[float]], row: Row) -> list[str]:
+    """Write a cell for each variant; the better one is marked, where there is one."""
+    cells = [_spread(found, row.show) for found in totals]
+    means = [sum(found) / len(found) for found in totals if found]
+    if row.better is None or len(set(means)) < 2:
+        return cells
+    best = row.better(means)
+    return [
+        f'<b title="the better one">{cell}</b>' if found and sum(found) / len(found) == best else cell
+        for cell, found in zip(cells, totals, strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from r3_adapter.runs.files import Number, Step
@@ -61,23 +62,26 @@ def _scaled(key: str, factor: float) -> Figure:
     return read
 
 
+AGAINST_ROLLOUT = "Trainer against rollout"
 SECTIONS: dict[str, tuple[Line, ...]] = {
-    "Learning, and trainer against rollout": (
+    AGAINST_ROLLOUT: (
+        Line("k3 KL of trainer to rollout", "nats", at("k3"), log=True),
+        Line("F(2): tokens off by more than 2 times", "share of tokens", at("f_2"), percent=True),
+    ),
+    "Learning": (
         Line("Reward", "mean of the step", at("reward"), events=True),
-        Line("k3 KL", "nats", at("k3"), log=True),
-        Line("F(2)", "share of tokens", at("f_2"), percent=True),
         Line("Gradient norm", "norm", at("grad_norm"), log=True),
         Line("Entropy", "nats", at("entropy")),
         Line("Response length", "tokens", ratio("response_tokens", "samples")),
     ),
-    "Time": (Line("Step", "seconds", at("seconds/step")),),
+    "Time": (Line("Seconds a step", "seconds", at("seconds/step")),),
     "Bytes and memory": (
         Line("Routes produced", "bytes a response token", ratio("bytes/routes", "response_tokens")),
         Line("Routes read by trainer ranks", "KiB a step", _scaled("bytes/routes_pulled", 2**-10)),
         Line("Weights sent", "MiB a step", _scaled("bytes/weights", 2**-20)),
-        Line("Trainer", "resident, GiB", _scaled("memory/trainer_rss", 2**-30)),
-        Line("Engine", "resident, GiB", _scaled("memory/engine_rss", 2**-30)),
-        Line("Object store", "MiB", _scaled("memory/object_store", 2**-20)),
+        Line("Memory of the trainer", "resident, GiB", _scaled("memory/trainer_rss", 2**-30)),
+        Line("Memory of the engines", "resident, GiB", _scaled("memory/engine_rss", 2**-30)),
+        Line("Memory of Ray's object store", "MiB", _scaled("memory/object_store", 2**-20)),
     ),
 }
 
@@ -218,14 +222,19 @@ def agreement_charts(variants: Sequence[Variant], width: int) -> list[Chart]:
         if layers:
             found.append((variant, layers, curves))
     low = min((value for *_, curves in found for curve in curves for value in curve.mean), default=0.0)
+    # Cells reach from their step to the next one that was counted: centred ones would begin before the first.
+    counted = sorted({step for *_, curves in found for curve in curves for step in curve.steps})
+    apart = min((after - before for before, after in pairwise(counted)), default=1)
+    span = [counted[0], counted[-1] + apart] if counted else []
     charts = []
     for variant, layers, curves in found:
         steps = sorted({step for curve in curves for step in curve.steps})
         rows = [dict(zip(curve.steps, curve.mean, strict=True)) for curve in curves]
         trace = {
             "type": "heatmap",
-            "x": steps,
+            "x": [*steps, steps[-1] + apart],
             "y": [str(layer) for layer in layers],
+            "text": [[f"step {step}" for step in steps]] * len(layers),
             "z": [[_digits(row[step]) if step in row else None for step in steps] for row in rows],
             "zmin": low,
             "zmax": 1,
@@ -238,11 +247,11 @@ def agreement_charts(variants: Sequence[Variant], width: int) -> list[Chart]:
                 "tickformat": ".1~%",
                 "nticks": 5,
             },
-            "hovertemplate": "step %{x}, layer %{y}: %{z:.2%}<extra></extra>",
+            "hovertemplate": "%{text}, layer %{y}: %{z:.2%}<extra></extra>",
         }
         layout = {
             "hovermode": "closest",
-            "xaxis": {"title": {"text": "step"}, "showgrid": False},
+            "xaxis": {"title": {"text": "step"}, "showgrid": False, "range": span, "autorange": False},
             "yaxis": {"title": {"text": "layer"}, "type": "category", "nticks": 9, "showgrid": False},
         }
         charts.append(Chart(f"Agreement by layer: {variant.label}", [trace], layout))

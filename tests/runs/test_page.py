@@ -13,9 +13,10 @@ from r3_adapter.runs.log import Run, RunLog
 from r3_adapter.runs.page import page
 from r3_adapter.runs.plots import SECTIONS, line_chart, stage_charts
 from r3_adapter.runs.variants import at, variants_of
+from r3_adapter.runs.verdict import verdicts
 
 MARKUP = '<script>document.body.dataset.owned=1</script><img src=x onerror="document.body.dataset.owned=1">\'&amp;'
-REWARD = SECTIONS["Learning, and trainer against rollout"][0]
+REWARD = SECTIONS["Learning"][0]
 
 
 class Elements(HTMLParser):
@@ -159,9 +160,9 @@ def test_what_is_missing_is_said(tmp_path):
     text = " ".join(Elements(page(runs)).text)
     assert "not recorded: b" in text
     assert "a: 1 points are 0 or less and have no place on a log scale" in text
-    assert "a has not ended, or did not end well: 1 steps so far" in text
+    assert "under way, or stopped: step 1" in text
     assert "b: events.jsonl ends in half a line, which is left out" in text
-    assert "Not recorded by any run: F(2), Gradient norm, Entropy, Response length" in text
+    assert "Not recorded by any run: Gradient norm, Entropy, Response length" in text
 
 
 def test_stages_that_do_not_fill_the_step_leave_other(tmp_path):
@@ -183,7 +184,9 @@ def test_a_run_without_a_step_is_a_page(tmp_path):
 def test_the_command_says_how_each_run_went(synthetic, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert main(["report", str(synthetic / "r3-seed1"), str(synthetic / "live-seed1"), "--out", str(out)]) == 0
-    first, second = capsys.readouterr().out.splitlines()
+    verdict, other, first, second = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("r3-seed1: R3 on: ") and "times lower than `live-seed1`" in verdict
+    assert other.startswith("live-seed1: R3 off: 0 of ")
     assert re.fullmatch(
         r"r3-seed1: 160 steps; reward 0\.1\d* -> 0\.8\d*; k3 3\.\d\de-04; R3 0\.5\d% of step time; "
         r"engine_restarted 1, trace_damaged 1; .*page\.html",
@@ -202,10 +205,50 @@ def test_last_line_leaves_out_what_nobody_recorded(tmp_path):
     assert last_line(make(tmp_path, "x").summary, tmp_path / "p") == f"x: 0 steps; no faults; {tmp_path / 'p'}"
 
 
-def test_progress_shows_reward_and_k3(capsys):
+def test_each_step_is_a_line_where_nobody_watches(capsys):
+    rows = {"replayed": 2048, "live": 2, "stale": 1}
     with run_progress("[red]x", total=3, done=1) as show:
-        show({"reward": 0.25, "k3": 1e-4})
+        show({"reward": 0.25, "k3": 1e-4, "rows": rows, "seconds": {"step": 4.25}})
         show({})
         show({"reward": 0.5})
-    shown = capsys.readouterr().err
-    assert "[red]x" in shown and "reward 0.5" in shown and "4/3" in shown
+    assert [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()] == [
+        "[red]x: step 2 of 3 reward 0.25 k3 0.0001 rows 2,048 replayed, 2 live, 1 stale 4.2 s",
+        "[red]x: step 3 of 3",
+        "[red]x: step 4 of 3 reward 0.5",
+    ]
+
+
+def test_a_bar_has_reward_and_k3_where_somebody_watches(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with run_progress("[red]x", total=3, done=1) as show:
+        show({"reward": 0.25, "k3": 1e-4})
+        show({"reward": 0.5})
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "[red]x" in shown and "reward 0.5" in shown and "3/3" in shown
+
+
+def test_the_first_line_says_whether_replay_works(tmp_path, capsys):
+    on = {"rows": {"replayed": 90, "live": 10, "stale": 0}, "k3": 1e-5, "agreement": {"0": 0.98, "1": 1.0}}
+    off = {"rows": {"replayed": 0, "live": 100, "stale": 0}, "k3": 5e-5}
+    runs = [make(tmp_path / "on", "on", steps=[on, on], flags={"r3": True})]
+    runs += [make(tmp_path / "off", "off", steps=[off]), make(tmp_path / "bad", "bad", steps=[off], flags={"r3": True})]
+    runs += [make(tmp_path / "none", "none", steps=[{"reward": 1.0}], flags={"num_rollout": 9}, end=False)]
+    said = verdicts(runs)
+    assert said == [
+        "on: R3 on: 180 of 200 rows replayed, 0 stale; k3 1.00e-05, 5 times lower than `off`; "
+        "live routers would have differed in 1.00% of experts",
+        "off: R3 off: 0 of 100 rows replayed, 0 stale; k3 5.00e-05",
+        "bad: R3 IS NOT WORKING, though it was asked for: 0 of 100 rows replayed, 0 stale; k3 5.00e-05",
+        "none: whether R3 works cannot be told: no step has recorded its rows; under way, or stopped: step 1 of 9",
+    ]
+    assert main(["report", *(str(tmp_path / run.name) for run in runs), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.splitlines()[:4] == said
+    assert all(line in " ".join(Elements(page(runs)).text) for line in said)
+
+
+def test_k3_that_replay_does_not_lower_is_said(tmp_path):
+    on = {"rows": {"replayed": 9, "live": 0}, "k3": 2e-5}
+    off = {"rows": {"replayed": 0, "live": 9}, "k3": 1e-5}
+    said = verdicts([make(tmp_path / "a", "a", steps=[on]), make(tmp_path / "b", "b", steps=[off])])
+    assert said[0].endswith("k3 2.00e-05, NOT lower than `b`")
