@@ -60,13 +60,15 @@ def _reads(side: Side, path: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _gone(pinned: Side, new: Side, used: set[str]) -> set[str]:
-    """Return those of some names that the pinned release defines and the new one does not, wherever that is."""
+    """Return those of some names that the pinned release defines and the new one neither defines nor reads itself."""
     old, now = _sources(pinned), _sources(new)
     differ = {path for path in old.keys() | now.keys() if old.get(path) != now.get(path)}
     gone = (_defined(old, differ) & used) - _defined(now, differ)
-    # What is the same in both is not looked at but for the few names that are left.
-    same = [now[path] for path in now.keys() - differ if any(name in now[path] for name in gone)]
-    return gone - _defined(dict(enumerate(same)), range(len(same)))
+    # Files that are the same in both are looked at for the few names that are left.
+    texts = [text for text in now.values() if any(name in text for name in gone)]
+    gone -= _defined(dict(enumerate(texts)), range(len(texts)))
+    # What the release itself still reads is of another library, as a tensor's method.
+    return {name for name in gone if not any(re.search(rf"[.]{name}\b(?!\s*=[^=])", text) for text in texts)}
 
 
 def _sources(side: Side) -> dict[str, str]:
