@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("version", metavar="VERSION", help="of a release; `newest` for the registry's newest one")
     parser.add_argument("--from", dest="origin", metavar="VERSION", help="the series to take; default: the nearest one")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="the release, in place of the registry's")
+    parser.add_argument(
+        "--source", type=Path, metavar="DIR", help="a git tree whose HEAD is the version; no registry has it"
+    )
     parser.add_argument("--from-wheel", type=Path, metavar="FILE", help="the release that the series is for")
     parser.add_argument("--tree", type=Path, metavar="DIR", help="where the tree is to be; one that was mended")
     parser.add_argument("--python", type=Path, metavar="FILE", help="of an environment with the release: run the tests")
@@ -34,7 +37,15 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return 0 if the series holds on the release, else 1."""
     root = patches_root()
     request = Request(
-        args.distribution, args.version, args.origin, args.wheel, args.from_wheel, args.tree, args.python, root
+        args.distribution,
+        args.version,
+        origin=args.origin,
+        wheel=args.wheel,
+        source=args.source,
+        origin_wheel=args.from_wheel,
+        tree=args.tree,
+        python=args.python,
+        root=root,
     )
     with tempfile.TemporaryDirectory(prefix="r3-patch-") as work:
         outcome, repo, released = rebase(request, Path(work), _tell)

@@ -12,7 +12,7 @@ from typing import Any
 from r3_adapter.errors import PatchError
 from r3_adapter.git import Repo
 from r3_adapter.patchfile import Patch, apply_diff, read_patch
-from r3_adapter.rebase.tree import changed_files, commits, origin_of, without_trailer
+from r3_adapter.rebase.tree import changed_files, commits, origin_of, source_of, without_trailer
 from r3_adapter.series import (
     SHARED,
     SOURCE,
@@ -70,7 +70,7 @@ def write_series(repo: Repo, origin: Series, version: str, released: Contents) -
 def _write_patches(repo: Repo, origin: Series, series: Series) -> None:
     """Write the patch files of a series, and mend shared ones."""
     known = {path.name: path for path in listed(origin)}
-    commit_of_upstream = series.source
+    commit_of_upstream = source_of(repo) or series.source
     shutil.rmtree(series.folder, ignore_errors=True)
     series.folder.mkdir()
     if commit_of_upstream:

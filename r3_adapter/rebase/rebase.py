@@ -7,16 +7,18 @@ from pathlib import Path
 from packaging.version import Version
 
 from r3_adapter.errors import PatchError
-from r3_adapter.git import Repo
+from r3_adapter.git import Repo, open_repo
 from r3_adapter.rebase.breaks import Tell, find_breaks
 from r3_adapter.rebase.sides import Finding, make_side
 from r3_adapter.rebase.traps import read_traps
 from r3_adapter.rebase.tree import (
     as_patched,
     changed_files,
+    commit_files,
     commit_series,
     leave_to_mend,
     open_tree,
+    package_files,
     patch_of,
     plant_release,
     released_files,
@@ -34,6 +36,7 @@ class Request:
 
     version: of the release, or NEWEST. origin: the pinned version whose series is taken; None for the nearest one.
     wheel, origin_wheel: files in place of what the registry or this environment has.
+    source: a git tree whose HEAD is the version, which no registry has.
     tree: where the tree is, or is to be. python: has the release installed, for the unit tests.
     """
 
@@ -41,6 +44,7 @@ class Request:
     version: str
     origin: str | None = None
     wheel: Path | None = None
+    source: Path | None = None
     origin_wheel: Path | None = None
     tree: Path | None = None
     python: Path | None = None
@@ -102,10 +106,15 @@ def rebase(request: Request, work: Path, tell: Tell) -> tuple[Outcome, Repo, Con
     if not pins:
         raise PatchError(f"{request.distribution}: no such distribution, only {', '.join(load_series(request.root))}")
     place = request.tree or work / "tree"
+    source = ""
+    if request.source and request.wheel:
+        raise PatchError(f"--source {request.source} and --wheel {request.wheel} exclude each other")
     if place.exists():
         version = checked_version(request.version)
         repo = open_tree(place, request.distribution, version)
         released = released_files(repo)
+    elif request.source:
+        version, released, source = commit_files(request.source, pins[0], request.version)
     else:
         tell(f"the release {request.distribution} {request.version}")
         version, released = _release(request, pins[0], work)
@@ -113,7 +122,7 @@ def rebase(request: Request, work: Path, tell: Tell) -> tuple[Outcome, Repo, Con
     outcome = Outcome(request.distribution, version, series, any(pin.version == version for pin in pins), near.hunks)
     base = released if series.version == version else _origin(request, series, tell)
     if not place.exists():
-        repo = plant_release(place, series, version, released)
+        repo = plant_release(place, series, version, released, source)
         tell(f"the series for {series.version}")
         found = fit(read_patches(series), _wanted(series, released), _wanted(series, base))
         outcome.conflicts = found.conflicts
@@ -183,11 +192,20 @@ def _release(request: Request, pin: Series, work: Path) -> tuple[str, Contents]:
 def _series(request: Request, pins: tuple[Series, ...], version: str, released: Contents) -> tuple[Series, Fit]:
     if request.origin is None:
         # What is looked for needs all files of the version that a series is for.
-        return nearest(tuple(pin for pin in pins if pin.version == version or not pin.source), version, released)
+        there = [pin.version == version or not pin.source or _has(request.source, pin) for pin in pins]
+        return nearest(tuple(pin for pin, has in zip(pins, there, strict=True) if has), version, released)
     found = tuple(pin for pin in pins if pin.version == request.origin)
     if not found:
         raise PatchError(f"--from {request.origin}: none of {', '.join(pin.version for pin in pins)}")
     return nearest(found, version, released)
+
+
+def _has(source: Path | None, series: Series) -> bool:
+    """Say whether a git tree has the commit that a version is which no registry has."""
+    return (
+        source is not None
+        and open_repo(source).says("cat-file", "-e", f"{series.source.split()[1]}^{{tree}}") is not None
+    )
 
 
 def _origin(request: Request, series: Series, tell: Tell) -> Contents:
@@ -199,9 +217,13 @@ def _origin(request: Request, series: Series, tell: Tell) -> Contents:
         files: Contents = {
             series.prefix + path: data for path, data in wheel_files(request.origin_wheel, series.package).items()
         }
+    elif request.source and series.source and _has(request.source, series):
+        repo = open_repo(request.source)
+        files = package_files(repo, series.source.split()[1], series)
     elif series.source:
         raise PatchError(
-            f"no registry has {series.version}, it is {series.source}: give a wheel of it, --from-wheel FILE"
+            f"no registry has {series.version}, it is {series.source}: give a wheel of it, --from-wheel FILE, or fetch "
+            "that commit into the tree of --source"
         )
     else:
         files = release_files(series.distribution, series.version, series.prefix, series.package)

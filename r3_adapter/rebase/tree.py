@@ -8,19 +8,55 @@ from r3_adapter.errors import PatchError
 from r3_adapter.git import Repo, check_quiet, commits_on, identity, open_repo, read_tree
 from r3_adapter.gittree import TRAILER, commit_steps, plant
 from r3_adapter.patchfile import Patch
-from r3_adapter.series import Contents, Series, read_patches
+from r3_adapter.series import Contents, Series, is_release, read_patches
 from r3_adapter.threeway import Fit, fit
+from r3_adapter.wheels import checked_version
 
 RELEASED = "r3-released"
 """The tag of the commit that is the release."""
 
 
-def plant_release(folder: Path, series: Series, version: str, files: Contents) -> Repo:
+def commit_files(folder: Path, series: Series, version: str) -> tuple[str, Contents, str]:
+    """Return what a git tree's HEAD has of a distribution, as a version that no registry has.
+
+    series: any of the distribution.
+
+    Returns:
+        The version, its source files by upstream path, and the repository and commit that they are of.
+
+    Raises:
+        PatchError: The version is one that a registry may have; the tree is not clean, of no repository that others
+            can reach, or has no such package.
+    """
+    version, repo = checked_version(version), open_repo(folder)
+    if is_release(version):
+        raise PatchError(f"{version}: is for a release; give a commit one that no registry has, as {version}.dev0")
+    check_quiet(repo)
+    address = repo.says("remote", "get-url", "origin") or ""
+    if not address.startswith("https://"):
+        raise PatchError(
+            f"{folder}: its remote `origin` is {address or 'not there'}, not https://: others cannot fetch it"
+        )
+    files = package_files(repo, repo.head, series)
+    if not files:
+        raise PatchError(f"{folder}: no {series.distribution}: {series.prefix}{series.package} has no Python files")
+    return version, files, f"{address} {repo.head}"
+
+
+def package_files(repo: Repo, commit: str, series: Series) -> Contents:
+    """Return the source files that a commit has of a distribution, by upstream path."""
+    said = repo.git("ls-tree", "-r", "-z", "--name-only", commit, "--", f"{series.prefix}{series.package}/")
+    paths = said.decode("utf-8", "surrogateescape").split("\0")
+    return read_tree(repo, commit, [path for path in paths if path.endswith((".py", ".pyi"))])
+
+
+def plant_release(folder: Path, series: Series, version: str, files: Contents, source: str = "") -> Repo:
     """Make the tree of a release at a folder that is empty or not there yet; return it.
 
     files: the release's source files, by upstream path.
+    source: the repository and commit of a version that no registry has.
     """
-    repo = plant(folder, files, f"{_title(series.distribution, version)}\n")
+    repo = plant(folder, files, f"{_title(series.distribution, version)}\n\n{source}".rstrip() + "\n")
     repo.git("tag", RELEASED, "HEAD")
     return repo
 
@@ -39,6 +75,11 @@ def open_tree(folder: Path, distribution: str, version: str) -> Repo:
         raise PatchError(f"{folder}: {found!r} != {_title(distribution, version)!r}")
     check_quiet(repo)
     return repo
+
+
+def source_of(repo: Repo) -> str:
+    """Return the repository and commit that the release of a tree is of; empty for one that a registry has."""
+    return repo.line("log", "-1", "--format=%b", RELEASED).strip()
 
 
 def released_files(repo: Repo) -> Contents:

@@ -220,3 +220,62 @@ def test_a_wheel_that_is_not_as_recorded_is_refused(tmp_path: Path) -> None:
     wheel.write_bytes(b"no zip")
     with pytest.raises(PatchError, match="cannot be read as a wheel"):
         wheel_files(wheel, "engine")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[[Mapping[str, str]], Path]:
+    """Return a function that commits files to a git tree of the engine, as upstream has them."""
+    tree = tmp_path / "source"
+    tree.mkdir()
+    git(tree, "init", "-q")
+    git(tree, "remote", "add", "origin", "https://example.org/engine")
+
+    def commit(files: Mapping[str, str]) -> Path:
+        for path, text in files.items():
+            (tree / "python" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / "python" / path).write_text(text)
+        git(tree, "add", "--all")
+        git(tree, "commit", "-q", "-m", "upstream")
+        return tree
+
+    return commit
+
+
+def from_source(tree: Path, version: str, *options: str) -> int:
+    return main(["patch", "rebase", "engine", version, "--source", str(tree), *options])
+
+
+def test_a_commit_that_no_registry_has_is_pinned(
+    source: Callable[[Mapping[str, str]], Path], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wheel = ("--from-wheel", str(tmp_path / "engine-1.0-py3-none-any.whl"))
+    tree = source(made.edited(made.RELEASED, ("engine/scheduler.py", "^", "import os\n")))
+    assert from_source(tree, "1.1.dev1", *wheel) == 0, capsys.readouterr()
+    (new,) = [series for series in load_series(root)["engine"] if series.version == "1.1.dev1"]
+    assert new.source == f"https://example.org/engine {git(tree, 'rev-parse', 'HEAD').strip()}"
+    # The next commit is nearer to this one than to the release, whose files are there as that tree has them.
+    tree = source(
+        made.edited(made.RELEASED, ("engine/scheduler.py", "^", "import os\n"), ("engine/req.py", "''", "'a'"))
+    )
+    assert from_source(tree, "1.1.dev2", "--from", "1.1.dev1") == 0, capsys.readouterr()
+    assert "hunks of the series for 1.1.dev1" in capsys.readouterr().out
+    assert len({series.source for series in load_series(root)["engine"]}) == 3
+
+
+def test_a_commit_that_cannot_be_pinned_is_refused(
+    source: Callable[[Mapping[str, str]], Path], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = source(made.RELEASED)
+
+    def refusal(*words: str) -> str:
+        assert from_source(tree, *words) == 2
+        return capsys.readouterr().err
+
+    assert "1.1: is for a release" in refusal("1.1")
+    assert "exclude each other" in refusal("1.1.dev1", "--wheel", str(tmp_path / "engine-1.0-py3-none-any.whl"))
+    (tree / "python/engine/req.py").write_text("")
+    assert "not committed: python/engine/req.py" in refusal("1.1.dev1")
+    git(tree, "checkout", "-q", ".")
+    git(tree, "remote", "set-url", "origin", str(tmp_path))
+    assert f"its remote `origin` is {tmp_path}, not https://" in refusal("1.1.dev1")
+    assert [series.version for series in load_series(root)["engine"]] == ["1.0"]
