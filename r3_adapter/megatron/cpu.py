@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from r3_adapter.errors import ReplayError
 
@@ -33,7 +34,7 @@ def install() -> None:
         return
     for answer in (_eager, _device, _factories, _moves, _streams, _tensor_type, _rng_state, _uneven_collectives):
         answer()
-    for answer in (_rng_tracker, _missing_te_gemm, _split_sizes, _sequence_parallel_norm):
+    for answer in (_rng_tracker, _missing_te_gemm, _split_sizes, _sequence_parallel_norm, _inference_layers):
         answer()
     torch.cuda._r3_cpu_support = True
 
@@ -218,6 +219,17 @@ def _sequence_parallel_norm() -> None:
         return module
 
     WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _inference_layers() -> None:
+    """From 0.20 on a layer of multi-token prediction asks whether a projection is of a class of TransformerEngine's."""
+    from megatron.core import __version__
+
+    if Version(__version__) < Version("0.20.0.dev0"):
+        return
+    from megatron.core.transformer import multi_token_prediction
+
+    multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
 
 
 def _barrier() -> None:
