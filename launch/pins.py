@@ -69,7 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/pins.sh", description="test every pin, or those that are named")
     parser.add_argument("pins", nargs="*", metavar="PIN", help="DISTRIBUTION==VERSION; default: all")
     parser.add_argument("--quick", action="store_true", help="without the tests of the engines and further proofs")
+    parser.add_argument("--record", action="store_true", help="keep what was found in patches/results.jsonl")
     options = parser.parse_args(arguments)
+    if options.record and options.quick:
+        parser.error("--record keeps what all tests say, and --quick leaves most of them out")
     known = all_pins()
     for pin in options.pins:
         distribution, _, version = pin.partition("==")
@@ -85,8 +88,20 @@ def main(arguments: list[str] | None = None) -> int:
     for pin in options.pins or known:
         results.append(test_pin(pin, options.quick, shared))
         print(json.dumps(results[-1]), flush=True)
+        if options.record:
+            record(results[-1])
     print_table(results)
     return int(not all(result["passed"] for result in results))
+
+
+def record(result: dict) -> None:
+    """Have the pin's environment, which knows its versions, keep the result and write the table of versions."""
+    if not result["environment"]:
+        say(f"{result['pin']}: no environment, so that nothing is recorded")
+        return
+    command = [str(Path(result["environment"]) / "bin/python"), "-m", "r3_adapter.rebase.results"]
+    found = {name: result[name] for name in ("pin", "steps")}
+    subprocess.run(command, cwd=REPO, input=json.dumps(found), text=True, check=True)
 
 
 def all_pins() -> list[str]:

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from packaging.version import Version
 
 from r3_adapter.errors import PatchError
+from r3_adapter.rebase.results import cell_of, read_results
 
 START, END = "<!-- versions: written by `r3 patch rebase` -->", "<!-- end of versions -->"
 _HEAD = "| Distribution | Version | State | Tests of the series | Looked at |\n| --- | --- | --- | --- | --- |\n"
@@ -35,9 +36,22 @@ def put_row(readme: Path, row: Row) -> None:
     Raises:
         PatchError: The file has no such table.
     """
+    write_rows(readme, row)
+
+
+def write_rows(readme: Path, *more: Row) -> None:
+    """Write the table of versions again: rows that are new, and what launch/pins.sh found of the pins since.
+
+    Raises:
+        PatchError: The file has no such table.
+    """
     before, rows, after = _split(readme)
-    kept = [other for other in rows if (other.distribution, other.version) != (row.distribution, row.version)]
-    ordered = sorted([*kept, row], key=lambda each: (each.distribution, Version(each.version)))
+    by_release = {(row.distribution, row.version): row for row in (*rows, *more)}
+    for release, result in read_results(readme.parent).items():
+        if release in by_release:
+            found = cell_of(readme.parent, result)
+            by_release[release] = replace(by_release[release], tests=found, day=result["day"])
+    ordered = sorted(by_release.values(), key=lambda each: (each.distribution, Version(each.version)))
     lines = "".join(f"{each}\n" for each in ordered)
     readme.write_text(f"{before}{START}\n{_HEAD}{lines}{END}{after}", encoding="utf-8", newline="\n")
 

@@ -36,6 +36,9 @@ def test_what_is_no_pin_is_refused_with_the_pins(capsys: pytest.CaptureFixture[s
     assert stopped.value.code == 2
     assert "no pins: sglang==0.5.19; pins: " in said
     assert all(pin in said for pin in pins.all_pins())
+    with pytest.raises(SystemExit):
+        pins.main(["sglang==0.5.20", "--quick", "--record"])
+    assert "--record keeps what all tests say" in capsys.readouterr().err
 
 
 def test_a_version_that_no_registry_has_is_refused_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
