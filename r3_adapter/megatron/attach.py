@@ -1,10 +1,10 @@
 """Routes for the forward passes of any training loop, handed over by hooks on the model: the loop stays as it is."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,12 +12,21 @@ from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.dispatch import COUNTS
 from r3_adapter.megatron.feeding import FEEDS, Channel, Feed, Outside
 from r3_adapter.megatron.reach import ARGUMENT, forget
-from r3_adapter.megatron.replay import Backend, ReplayBatch, check_chunks, moe_layers, unwrapped
+from r3_adapter.megatron.replay import Backend, ReplayBatch, check_chunks, moe_layers, moe_routers, unwrapped
+
+if TYPE_CHECKING:
+    from r3_adapter.megatron.native import AuxLosses
 
 _PLAN = "build_schedule_plan"
 
 
-def attach(chunks: Sequence[torch.nn.Module], backend: Backend = "auto", *, outside: Outside = "live") -> "Attached":
+def attach(
+    chunks: Sequence[torch.nn.Module],
+    backend: Backend = "auto",
+    *,
+    outside: Outside = "live",
+    aux_losses: "AuxLosses | None" = None,
+) -> "Attached":
     """Put hooks on the GPTModel of each model chunk, which hand its passes their routes; once, when the model is built.
 
     A chunk may lie in wrappers that know no routes (a value head, a vision tower, data parallelism): the hooks are
@@ -26,10 +35,12 @@ def attach(chunks: Sequence[torch.nn.Module], backend: Backend = "auto", *, outs
     chunks: this rank's model chunks, wrapped or not; more than one with VPP.
     backend: "auto" takes "patch" where Megatron-core is patched; the one that was taken is `Attached.backend`.
     outside: what a forward pass outside of `Attached.replaying` does.
+    aux_losses: which experts auxiliary losses count. "native" can only count "live" ones, and wants to be told so;
+        "patch" does as moe_router_replay_aux_loss says, and refuses other words.
 
     Raises:
         ReplayError: no chunks, one that has no GPTModel or several, or one that is attached already; a back end that
-            this Megatron has not.
+            this Megatron has not, or options that it gets wrong.
     """
     check_choice("backend", backend, Backend, ReplayError)
     check_choice("outside", outside, Outside, ReplayError)
@@ -40,7 +51,9 @@ def attach(chunks: Sequence[torch.nn.Module], backend: Backend = "auto", *, outs
             raise ReplayError(f"chunk {index}: its {type(model).__name__} is attached already: detach it first")
         if not hasattr(getattr(model, "decoder", None), "layers"):
             raise ReplayError(f"chunk {index}: a {type(model).__name__} has no GPTModel inside, or several")
-    return Attached(list(chunks), models, _chosen(backend, models), outside)
+    channel = _chosen(backend, models)
+    feeds = [_feed(index, chunk, channel, outside, aux_losses) for index, chunk in enumerate(chunks)]
+    return Attached(channel, models, feeds)
 
 
 def takes_routes(model: Any) -> bool:
@@ -56,12 +69,11 @@ class Attached:
 
     backend: Channel
 
-    def __init__(self, chunks: list[torch.nn.Module], models: list[Any], backend: Channel, outside: Outside) -> None:
+    def __init__(self, backend: Channel, models: list[Any], feeds: list[Feed]) -> None:
         self.backend = backend
-        self._models, self._undo = models, list[Callable[[], object]]()
+        self._models, self._feeds, self._undo = models, feeds, list[Callable[[], object]]()
         self._replaying = False
-        self._feeds = [Feed(index, chunk, backend, outside) for index, chunk in enumerate(chunks)]
-        for model, feed in zip(models, self._feeds, strict=True):
+        for model, feed in zip(models, feeds, strict=True):
             self._undo += _hook(model, feed)
             FEEDS[model] = feed
 
@@ -140,13 +152,31 @@ def _chosen(backend: Backend, models: Sequence[Any]) -> Channel:
         raise ReplayError(
             "backend 'patch': GPTModel.forward takes no routed_experts; is megatron-core patched (`r3 patch verify`)?"
         )
-    if backend == "native":
-        raise ReplayError("backend 'native' is not there yet: patch megatron-core (`r3 patch apply`)")
     return backend
 
 
+def _feed(
+    index: int, chunk: torch.nn.Module, channel: Channel, outside: Outside, aux_losses: "AuxLosses | None"
+) -> Feed:
+    routers = dict(moe_routers(chunk))
+    if channel == "native":
+        from r3_adapter.megatron.native import NativeFeed
+
+        return NativeFeed(index, chunk, outside, routers, aux_losses or "replayed")
+    for layer_id, router in routers.items():
+        config: Any = router.config
+        if (own := config.moe_router_replay_aux_loss) != (aux_losses or own):
+            raise ReplayError(f"layer {layer_id}: aux_losses {aux_losses!r} != moe_router_replay_aux_loss ({own!r})")
+    return Feed(index, chunk, channel, outside)
+
+
 def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
-    """Hand a model its routes as an argument, before all other hooks; return what takes that back."""
+    """Hand a model its routes, before all other hooks; return what takes that back, in the order it was done."""
+    if feed.channel == "native":
+        from r3_adapter.megatron import native
+
+        assert isinstance(feed, native.NativeFeed)
+        return native.hook(model, feed, partial(_refuse_explicit, feed))
 
     def hand_over(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         _refuse_explicit(feed, kwargs)
@@ -160,7 +190,7 @@ def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
     if plan is not None:
         signature = inspect.signature(plan)
 
-        @functools.wraps(plan)
+        @wraps(plan)
         def planned(*args: Any, **kwargs: Any) -> Any:
             _refuse_explicit(feed, signature.bind_partial(*args, **kwargs).arguments)
             batch = feed.take()

@@ -10,6 +10,7 @@ from packaging.version import Version
 
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.feeding import Channel
 from r3_adapter.megatron.options import RELEASES, SELECTS, refused_options, unknown_options
 from r3_adapter.trace import ModelId, RoutingTrace
 
@@ -17,6 +18,8 @@ _MOST_LAYERS = 1 << 16
 _TP_REPLICAS_MENDED = "0.19"
 """Megatron-core from here on reduces the gradients of experts that tensor-parallel ranks all have."""
 
+_OWN_REPLAY = "moe_enable_routing_replay"
+"""Gives each router a RouterReplay, in the place of which `native` puts its own."""
 _OTHER_REPLAY = "ENABLE_ROUTING_REPLAY"
 """The variable by which slime and miles turn their own replay on; it replaces the experts that a router was given.
 
@@ -43,13 +46,15 @@ def check_layout(layout: ParallelLayout) -> None:
             )
 
 
-def check_config(config: Any, layer_id: int) -> None:
-    """Refuse options that bypass replay or lose what it replays.
+def check_config(config: Any, layer_id: int, channel: Channel = "patch") -> None:
+    """Refuse options that bypass replay or lose what it replays. channel: how experts get to the routers.
 
     Raises:
         ReplayError: Names the layer, the option, its value and the one that replay needs.
     """
     for name, found, wanted, why in refused_options(vars(config)):
+        if channel == "native" and name == _OWN_REPLAY:
+            continue
         raise ReplayError(f"layer {layer_id}: {name} ({found!r}) != {wanted}: {why}")
     for name, found in unknown_options(config):
         raise ReplayError(
@@ -58,10 +63,12 @@ def check_config(config: Any, layer_id: int) -> None:
         )
 
 
-def check_model(model: Any, routers: Mapping[int, Any], traces: Sequence[RoutingTrace]) -> None:
+def check_model(
+    model: Any, routers: Mapping[int, Any], traces: Sequence[RoutingTrace], channel: Channel = "patch"
+) -> None:
     """Refuse routers that would not follow the traces, and traces of another model.
 
-    model: a GPTModel; routers: its MoE routers by global layer.
+    model: a GPTModel; routers: its MoE routers by global layer; channel: how experts get to them.
 
     Raises:
         ReplayError: Names the layer or the sample, and both operands.
@@ -71,7 +78,7 @@ def check_model(model: Any, routers: Mapping[int, Any], traces: Sequence[Routing
     seen = set()
     for layer_id, router in routers.items():
         if id(router.config) not in seen:
-            check_config(router.config, layer_id)
+            check_config(router.config, layer_id, channel)
             seen.add(id(router.config))
         if any(kind in router.routing_type for kind in SELECTS):
             raise ReplayError(f"layer {layer_id}: load balancing {router.routing_type!r} selects experts itself")

@@ -5,7 +5,7 @@ and `replay`, which prepares routes for it.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -42,6 +42,14 @@ class Feed:
     def feeds(self, chunk: torch.nn.Module) -> bool:
         """Tell whether a chunk, wrapped as it was when it was attached, is the one."""
         return self._chunk() is chunk
+
+    @property
+    def full(self) -> bool:
+        """Whether it is inside of `replaying`."""
+        return self._batches is not None
+
+    def check(self, routers: Mapping[int, Any]) -> None:
+        """Refuse routers to which the experts would not get in the feed's own way; by global layer."""
 
     def fill(self, batches: "list[ReplayBatch]") -> None:
         """Take the micro-batches of a pass."""

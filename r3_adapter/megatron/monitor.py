@@ -14,6 +14,7 @@ import torch
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.dispatch import Plan
+from r3_adapter.megatron.reach import experts_given
 from r3_adapter.megatron.replay import ReplayBatch, moe_routers
 
 
@@ -112,9 +113,9 @@ class RouterMonitor:
 
     def _hook(self, index: int, layer_id: int) -> Any:
         def count(
-            _: torch.nn.Module, args: Any, kwargs: Mapping[str, Any], output: tuple[torch.Tensor, torch.Tensor]
+            router: torch.nn.Module, args: Any, kwargs: Mapping[str, Any], output: tuple[torch.Tensor, torch.Tensor]
         ) -> None:
-            batch = self._find(index, layer_id, kwargs.get("routed_experts"))
+            batch = self._find(index, layer_id, experts_given(router, args, kwargs))
             routing_map = output[1]
             if self.record:
                 topk = batch.routed_experts.shape[-1]

@@ -247,17 +247,22 @@ def unknown_options(config: Any) -> Iterator[tuple[str, Any]]:
         return
 
 
-def refused_options(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, str]]:
-    """Yield each option that replay refuses: its name, its value, the values that it needs, and why.
-
-    values: fields of TransformerConfig by name; those that are left out are at their defaults.
-    """
-    for name, (allowed, why) in REFUSED.items():
+def refusals(refused: Mapping[str, Refusal], values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield each option of a table that has a value that is refused, as `refused_options` does."""
+    for name, (allowed, why) in refused.items():
         found = values.get(name, allowed[0])
         if not any(found is each or (type(found) is type(each) and found == each) for each in allowed):
             # None stands for off, where off is another value.
             wanted = [repr(each) for each in allowed if each is not None] or ["None"]
             yield name, found, " or ".join(wanted), why
+
+
+def refused_options(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield each option that replay refuses: its name, its value, the values that it needs, and why.
+
+    values: fields of TransformerConfig by name; those that are left out are at their defaults.
+    """
+    yield from refusals(REFUSED, values)
     chunks, tp = values.get("virtual_pipeline_model_parallel_size"), values.get("tensor_model_parallel_size", 1)
     if chunks and values.get("pipeline_model_parallel_size") == 2 and values.get("batch_p2p_comm"):
         # Both neighbours of a stage are one rank then, and its two sends in a batch are not told apart.

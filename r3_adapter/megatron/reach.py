@@ -63,11 +63,13 @@ def check_reach(chunk: torch.nn.Module, model: Any, routers: Mapping[int, Any]) 
         return
     if known is not None and known.watch is not None:
         known.watch.close()
-    for owner, names in way:
+    feed = FEEDS.get(model)
+    native = feed is not None and feed.channel == "native"
+    for owner, names in way if not native else ():
         for name in names:
             _check_takes(owner, name)
     for layer_id, router in routers.items():
-        _probe(layer_id, router)
+        _probe(layer_id, router, native)
     _KNOWN[chunk] = _Known(methods, _Watch(chunk, model, routers))
 
 
@@ -186,8 +188,9 @@ def _takes(function: Any) -> bool | None:
     return True if ARGUMENT in code.co_consts else None
 
 
-def _probe(layer_id: int, router: Any) -> None:
+def _probe(layer_id: int, router: Any, native: bool) -> None:
     """Refuse a router that does not use the experts that it is given for two rows; nothing is changed by it."""
+    by = "RouterReplay" if native else ARGUMENT
     weight, config = router.weight, router.config
     whole = (config.num_moe_experts, config.hidden_size)
     if tuple(weight.shape) != whole or (weight.device.type == "cpu" and torch.cuda.is_available()):
@@ -201,24 +204,32 @@ def _probe(layer_id: int, router: Any) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             router.training = False
+            if native:
+                router.router_replay.aim(given)
             # Not by calling the module: its hooks are for real rows.
-            output = router.forward(hidden, **{ARGUMENT: given})
+            output = router.forward(hidden, **({} if native else {ARGUMENT: given}))
         used = int(_rows_used(given, output[1]))
     except (TypeError, ValueError) as error:
-        raise ReplayError(
-            f"layer {layer_id}: its router refuses {ARGUMENT}: {type(error).__name__}: {error}"
-        ) from error
+        raise ReplayError(f"layer {layer_id}: its router refuses {by}: {type(error).__name__}: {error}") from error
     except RuntimeError:
         # Weights that are shared out otherwise: the first pass tells.
         return
     finally:
+        if native:
+            router.router_replay.aim(None)
         for name, value in before.items():
             setattr(router, name, value)
     if used != 2:
         raise ReplayError(
             f"layer {layer_id}: {type(router).__name__} used the experts given to it in {used} of 2 rows: "
-            f"something between its forward and {_SELECT} drops {ARGUMENT}"
+            f"something between its forward and {_SELECT} drops {by}"
         )
+
+
+def experts_given(router: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the experts that a router was called with or that its RouterReplay has, [T, K]; None if none."""
+    given = kwargs.get(ARGUMENT, args[2] if len(args) > 2 else None)
+    return given if given is not None else getattr(getattr(router, "router_replay", None), "target_topk_idx", None)
 
 
 def _rows_used(given: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
@@ -267,18 +278,20 @@ class _Watch:
         self._leave_routers()
         self._given = None
 
-    def _hand_over(self, _: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _hand_over(self, module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         given = kwargs.get(ARGUMENT)
+        if given is None and (feed := FEEDS.get(module)) is not None:
+            given = feed.given
         if given is None or self._given is not None:
             return
         self._given, self._used = given, [[] for _ in self._routers]
         for index, router in enumerate(self._routers.values()):
             self._on_routers.append(router.register_forward_hook(partial(self._note, index), with_kwargs=True))
 
-    def _note(self, index: int, _: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _note(self, index: int, router: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         assert self._given is not None
         # Live routers may select what was given: they count only if they were given it.
-        passed = kwargs.get(ARGUMENT, args[2] if len(args) > 2 else None)
+        passed = experts_given(router, args, kwargs)
         used = torch.zeros(()) if passed is None else _rows_used(self._given[index], output[1])
         self._used[index].append(used)
 

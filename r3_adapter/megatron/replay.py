@@ -133,9 +133,15 @@ def step_terms(chunks: Sequence[torch.nn.Module], num_micro_batches: int, plan: 
     from megatron.core import parallel_state as ps
 
     shared = ps.get_expert_tensor_and_model_parallel_world_size() > 1
-    reasons = [why_not_planned(unwrapped(chunk), dict(moe_layers(chunk))) for chunk in chunks] if plan else []
+    reasons = [_why_not_planned(chunk) for chunk in chunks] if plan else []
     why_not = next(filter(None, reasons), "") if plan else NOT_ASKED
     return Terms(num_micro_batches if shared else 0, why_not)
+
+
+def _why_not_planned(chunk: torch.nn.Module) -> str:
+    if _channel(chunk, "auto") == "native":
+        return "backend 'native': the dispatchers of a Megatron without our patches take no counts"
+    return why_not_planned(unwrapped(chunk), dict(moe_layers(chunk)))
 
 
 def with_plans(
@@ -279,7 +285,9 @@ def prepare(
     check_layout(layout)
     routers = dict(moe_routers(chunk))
     model = unwrapped(chunk)
-    check_model(model, routers, traces)
+    check_model(model, routers, traces, channel)
+    if (feed := FEEDS.get(model)) is not None:
+        feed.check(routers)
     check_reach(chunk, model, routers)
     check_device(tokens, next((router.weight for router in routers.values() if hasattr(router, "weight")), None))
     try:
