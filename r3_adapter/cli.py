@@ -82,6 +82,9 @@ def add_prove(subparsers: "Subparsers") -> None:
         default=True,
         help="exchange token counts once a step, and not in each MoE layer; default: on",
     )
+    parser.add_argument("--attach", action="store_true", help="hand routes over by hooks, not as an argument")
+    text = "by which hooks do so: the patched Megatron's argument, or Megatron's own RouterReplay; implies --attach"
+    parser.add_argument("--backend", choices=("auto", "patch", "native"), help=text)
     parser.add_argument("--pipeline-model-parallel-layout", metavar="LAYOUT", help='as Megatron has it: "Ett|tttttt|L"')
     parser.add_argument("--seed", type=arguments.whole(0, arguments.LARGEST_SEED), default=0)
     parser.add_argument("--group", type=count, default=1, metavar="N", help="samples of each prompt, in one batch")
@@ -231,6 +234,7 @@ def _prove(args: argparse.Namespace) -> int:
         qkv_format=args.qkv_format,
         distributed_optimizer=args.distributed_optimizer,
         dispatch_plan=args.dispatch_plan,
+        attach=args.backend or ("auto" if args.attach else None),
         pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
     )
     scene = Scene(group=args.group, retract=args.retract, turns=args.turns)

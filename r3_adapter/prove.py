@@ -54,6 +54,7 @@ class Verdict:
     count_exchanges: all-gathers of token counts in MoE layers on all ranks, recomputation included, by pass.
     why_not_planned: by pass, why the dispatch of micro-batches was not planned from their routes, and so may exchange
         counts; no entry where all were planned.
+    backend: by which hooks handed the routes over, "patch" or "native"; "argument" without hooks.
     """
 
     layout: Mapping[str, Any]
@@ -67,6 +68,7 @@ class Verdict:
     collectives_per_moe_layer: Mapping[str, float]
     count_exchanges: Mapping[str, int]
     why_not_planned: Mapping[str, str]
+    backend: str
 
     @property
     def failures(self) -> list[str]:
@@ -244,6 +246,7 @@ def judge(
             for name, found in scores.items()
             if found.why_not_planned and name != "live"
         },
+        backend=scores["replay"].backend,
     )
 
 

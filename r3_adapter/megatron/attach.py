@@ -4,18 +4,16 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.dispatch import COUNTS
-from r3_adapter.megatron.feeding import FEEDS, Channel, Feed, Outside
+from r3_adapter.megatron.feeding import FEEDS, AuxLosses, Channel, Feed, Outside
 from r3_adapter.megatron.reach import ARGUMENT, forget
-from r3_adapter.megatron.replay import Backend, ReplayBatch, check_chunks, moe_layers, moe_routers, unwrapped
-
-if TYPE_CHECKING:
-    from r3_adapter.megatron.native import AuxLosses
+from r3_adapter.megatron.replay import ReplayBatch, check_chunks, moe_layers, moe_routers, unwrapped
+from r3_adapter.megatron.request import Backend
 
 _PLAN = "build_schedule_plan"
 
@@ -25,7 +23,7 @@ def attach(
     backend: Backend = "auto",
     *,
     outside: Outside = "live",
-    aux_losses: "AuxLosses | None" = None,
+    aux_losses: AuxLosses | None = None,
 ) -> "Attached":
     """Put hooks on the GPTModel of each model chunk, which hand its passes their routes; once, when the model is built.
 
@@ -44,6 +42,8 @@ def attach(
     """
     check_choice("backend", backend, Backend, ReplayError)
     check_choice("outside", outside, Outside, ReplayError)
+    if aux_losses is not None:
+        check_choice("aux_losses", aux_losses, AuxLosses, ReplayError)
     check_chunks(chunks)
     models = [unwrapped(chunk) for chunk in chunks]
     for index, model in enumerate(models):
@@ -90,9 +90,9 @@ class Attached:
         """
         self._check(steps)
         self._replaying = True
-        for feed, step in zip(self._feeds, steps, strict=True):
-            feed.fill(list(step))
         try:
+            for feed, step in zip(self._feeds, steps, strict=True):
+                feed.fill(list(step))
             yield
             left = [text for feed in self._feeds if (text := feed.left())]
         finally:
@@ -155,9 +155,7 @@ def _chosen(backend: Backend, models: Sequence[Any]) -> Channel:
     return backend
 
 
-def _feed(
-    index: int, chunk: torch.nn.Module, channel: Channel, outside: Outside, aux_losses: "AuxLosses | None"
-) -> Feed:
+def _feed(index: int, chunk: torch.nn.Module, channel: Channel, outside: Outside, aux_losses: AuxLosses | None) -> Feed:
     routers = dict(moe_routers(chunk))
     if channel == "native":
         from r3_adapter.megatron.native import NativeFeed

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Outside = Literal["live", "refuse"]
 """What a forward pass outside of `replaying` does: its routers select, or it raises."""
+AuxLosses = Literal["replayed", "live"]
+"""Which experts auxiliary losses count: those that are replayed, or those that the routers would select."""
 Channel = Literal["patch", "native"]
 """How experts get to routers: as an argument of the patched Megatron, or by Megatron's own RouterReplay."""
 
@@ -90,9 +92,9 @@ class Feed:
         """Forget the micro-batches."""
         self._batches, self.given = None, None
 
-    def place(self) -> str:
-        """Name the rank and the chunk, and the micro-batch that is next, if the feed is full."""
-        of_it = f", micro-batch {self._taken}" if self._batches is not None else ""
+    def place(self, back: int = 0) -> str:
+        """Name the rank and the chunk, and the micro-batch that is next, or was so much before, if the feed is full."""
+        of_it = f", micro-batch {self._taken - back}" if self._batches is not None else ""
         return f"rank {own_rank()}: chunk {self._index}{of_it}"
 
 

@@ -13,14 +13,14 @@ Source: megatron/core/transformer/moe/router_replay.py@0.16.1:RouterReplay.get_r
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from r3_adapter.errors import ReplayError, check_choice
-from r3_adapter.megatron.feeding import Feed, Outside
-from r3_adapter.megatron.options import Refusal, refusals
+from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.feeding import AuxLosses, Feed, Outside
+from r3_adapter.megatron.options import NATIVE_REFUSED, refusals
 
 if TYPE_CHECKING:
     from r3_adapter.megatron.replay import ReplayBatch
@@ -31,21 +31,6 @@ except ImportError as error:
     raise ReplayError(
         f"backend 'native': this Megatron-core has no RouterReplay, as 0.16 and newer have: {error}"
     ) from error
-
-AuxLosses = Literal["replayed", "live"]
-"""Which experts auxiliary losses count: those that are replayed, or those that the routers would select."""
-
-REFUSED: Mapping[str, Refusal] = {
-    "moe_router_fusion": Refusal((False, None), "the fused router does not ask RouterReplay, and selects for itself"),
-    "overlap_moe_expert_parallel_comm": Refusal(
-        (False, None), "layers of two micro-batches take turns in a schedule plan, and a router has one target"
-    ),
-    "moe_token_dispatcher_type": Refusal(
-        ("alltoall", "allgather"),
-        "the flex dispatcher looks for experts by their weights, and loses those whose weight is 0",
-    ),
-}
-"""Fields of which the patch takes more values than Megatron's own replay."""
 
 
 class Target(RouterReplay):  # type: ignore[misc]
@@ -109,7 +94,6 @@ class NativeFeed(Feed):
         self, index: int, chunk: torch.nn.Module, outside: Outside, routers: Mapping[int, Any], aux_losses: AuxLosses
     ) -> None:
         super().__init__(index, chunk, "native", outside)
-        check_choice("aux_losses", aux_losses, AuxLosses, ReplayError)
         self._aux_losses = aux_losses
         self._routers = dict(routers)
         for layer_id, router in routers.items():
@@ -130,6 +114,12 @@ class NativeFeed(Feed):
         self._check_idle()
         super().fill(batches)
         self._pass = object()
+
+    def left(self) -> str:
+        foreign = {layer_id: len(each.replay_backward_list) for layer_id, each in self._targets.items()}
+        wrong = [f"layer {layer_id}: {number}" for layer_id, number in foreign.items() if number]
+        of_others = f"{self.place(1)}: targets that another replay has left: {', '.join(wrong)}" if wrong else ""
+        return super().left() or of_others
 
     def clear(self) -> None:
         super().clear()
@@ -157,7 +147,7 @@ class NativeFeed(Feed):
         """Look whether all routers have asked, and see to it that they find the same experts when they recompute."""
         for layer_id, target in self._targets.items():
             if not target.asked:
-                raise ReplayError(f"{self.place()}: layer {layer_id}: its router did not ask RouterReplay for experts")
+                raise ReplayError(f"{self.place(1)}: layer {layer_id}: its router did not ask RouterReplay for experts")
         self.before(None)
         for each in tree_leaves(output):
             if isinstance(each, torch.Tensor) and each.requires_grad:
@@ -184,7 +174,7 @@ class NativeFeed(Feed):
                     )
 
     def _check_router(self, layer_id: int, router: Any) -> None:
-        for name, found, wanted, why in refusals(REFUSED, vars(router.config)):
+        for name, found, wanted, why in refusals(NATIVE_REFUSED, vars(router.config)):
             raise ReplayError(f"layer {layer_id}: backend 'native': {name} ({found!r}) != {wanted}: {why}")
         asked = "live" in (self._aux_losses, getattr(router.config, "moe_router_replay_aux_loss", None))
         if not asked and _has_aux_loss(router):

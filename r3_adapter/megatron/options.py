@@ -59,6 +59,18 @@ REFUSED: Mapping[str, Refusal] = {
 }
 """Fields of which only some values are allowed; the first is the default. A pin that lacks one has not the option."""
 
+NATIVE_REFUSED: Mapping[str, Refusal] = {
+    "moe_router_fusion": Refusal(_OFF, "the fused router does not ask RouterReplay, and selects for itself"),
+    "overlap_moe_expert_parallel_comm": Refusal(
+        _OFF, "layers of two micro-batches take turns in a schedule plan, and a router has one target"
+    ),
+    "moe_token_dispatcher_type": Refusal(
+        ("alltoall", "allgather"),
+        "the flex dispatcher looks for experts by their weights, and loses those whose weight is 0",
+    ),
+}
+"""Fields of which the patch takes more values than Megatron's own replay."""
+
 SELECTS = ("sinkhorn", "quantile_balancing")
 """Kinds of load balancing that select experts themselves."""
 

@@ -20,13 +20,12 @@ from r3_adapter.megatron.dispatch import COUNTS, UNPLANNED, Plan, check_astray, 
 from r3_adapter.megatron.feeding import FEEDS, Channel
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
 from r3_adapter.megatron.reach import check_reach
+from r3_adapter.megatron.request import Backend
 from r3_adapter.repack import LIVE, LastRow, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
 Staleness = Literal["refuse", "live", "keep"]
 """What to do with rows that other weights computed: raise, route them live, or replay them all the same."""
-Backend = Literal["auto", "patch", "native"]
-"""How experts get to routers: as an argument of the patched Megatron, by Megatron's own RouterReplay, or either."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from r3_adapter.layout import QkvFormat
 
 Recompute = Literal["none", "full", "moe"]
 Dispatcher = Literal["alltoall", "allgather"]
+Backend = Literal["auto", "patch", "native"]
+"""How experts get to routers: as an argument of the patched Megatron, by Megatron's own RouterReplay, or either."""
 
 Pass = Literal["live", "replay", "train"]
 """Forward with live routers; forward with routes replayed, as for old log-probabilities; a training step with them."""
@@ -21,12 +23,13 @@ class TrainerOptions:
 
     micro_batch_size: samples in a forward pass of a data-parallel rank.
     dispatch_plan: exchange token counts once a step, where all rows have routes, and not in each MoE layer.
+    attach: the back end by which hooks on the model hand it its routes; None to hand them over as an argument.
     distributed_optimizer: share the optimizer's state out over data-parallel ranks.
     pipeline_model_parallel_layout: Megatron's string that says which layers each stage and chunk has.
     megatron_arguments: more fields of TransformerConfig, which win over what the checkpoint and these options say.
 
     Raises:
-        ReplayError: a dispatcher, a recomputation or a format that is not known.
+        ReplayError: a dispatcher, a recomputation, a format or a back end that is not known.
     """
 
     dispatcher: Dispatcher = "alltoall"
@@ -35,6 +38,7 @@ class TrainerOptions:
     micro_batch_size: int = 2
     distributed_optimizer: bool = False
     dispatch_plan: bool = True
+    attach: Backend | None = None
     pipeline_model_parallel_layout: str | None = None
     megatron_arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,6 +46,8 @@ class TrainerOptions:
         check_choice("dispatcher", self.dispatcher, Dispatcher, ReplayError)
         check_choice("recompute", self.recompute, Recompute, ReplayError)
         check_choice("qkv_format", self.qkv_format, QkvFormat, ReplayError)
+        if self.attach is not None:
+            check_choice("attach", self.attach, Backend, ReplayError)
 
 
 @dataclass(frozen=True)

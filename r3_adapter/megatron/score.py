@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import save_file
 
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.attach import Attached, attach
 from r3_adapter.megatron.batches import MicroBatch, micro_batches
 from r3_adapter.megatron.collectives import counted
 from r3_adapter.megatron.model import build_model, build_optimizer, initialize
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     optimizer = None
     if "train" in request.passes:
         chunks, optimizer = build_optimizer(chunks, distributed=options.distributed_optimizer)
+    attached = None if options.attach is None else attach(chunks, options.attach)
     samples = load_samples(Path(request.samples))
     batches = micro_batches(
         samples, layout, rank, size=options.micro_batch_size, qkv_format=options.qkv_format, device=device
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     for name in request.passes:
         with (out / f"progress.{name}.{rank}").open("ab", buffering=0) as bar:
             step = partial(bar.write, b"." * options.micro_batch_size if first_of_tp else b"")
-            figures, logprobs = _run(name, options, chunks, optimizer, samples, batches, step)
+            figures, logprobs = _run(name, options, chunks, attached, optimizer, samples, batches, step)
         (out / f"{name}.{rank}.json").write_text(json.dumps(figures), encoding="utf-8")
         if logprobs and first_of_tp:
             save_file({str(i): value for i, value in logprobs.items()}, out / f"{name}.{rank}.safetensors")
@@ -60,6 +62,7 @@ def _run(
     name: str,
     options: TrainerOptions,
     chunks: list[torch.nn.Module],
+    attached: Attached | None,
     optimizer: Any,
     samples: Sequence[Sample],
     batches: Sequence[MicroBatch],
@@ -67,14 +70,16 @@ def _run(
 ) -> tuple[dict[str, Any], Found]:
     """Make one pass; return its figures, and [R] log-probabilities by sample, NaN where another rank has them."""
     inputs = [StepInput(each.traces, each.tokens, each.packing) for each in batches]
-    routes = prepare_step(chunks, inputs, plan=options.dispatch_plan)
+    routes = prepare_step(chunks, inputs, plan=options.dispatch_plan, backend="auto")
     found: Found = {}
     monitor, keep = RouterMonitor(), partial(_keep, found, samples, progress)
     with monitor.watch(chunks), counted(chunks) as collectives:
         if name == "train":
-            grad_norm = training_step(chunks, optimizer, batches, routes, expect=monitor.expect, keep=keep)
+            grad_norm = training_step(
+                chunks, optimizer, batches, routes, attached=attached, expect=monitor.expect, keep=keep
+            )
         else:
-            forward(chunks, batches, routes, live=name == "live", expect=monitor.expect, keep=keep)
+            forward(chunks, batches, routes, live=name == "live", attached=attached, expect=monitor.expect, keep=keep)
             grad_norm = None
     layers = {str(layer): asdict(counts) for layer, counts in monitor.layers.items()}
     tokens = {"rows": 0, "rows_equal": 0}
@@ -82,7 +87,8 @@ def _run(
         tokens["rows"] += len(equal)
         tokens["rows_equal"] += int(equal.sum())
     figures = {"layers": layers, "tokens": tokens, "grad_norm": grad_norm, "collectives": asdict(collectives)}
-    return {**figures, "why_not_planned": _why_not_planned(routes)}, found
+    backend = "argument" if attached is None else attached.backend
+    return {**figures, "why_not_planned": _why_not_planned(routes), "backend": backend}, found
 
 
 def _why_not_planned(routes: Routes) -> str:

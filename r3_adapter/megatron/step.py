@@ -1,12 +1,13 @@
 """Passes over the micro-batches of a step, by Megatron's own pipeline schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.attach import Attached
 from r3_adapter.megatron.batches import MicroBatch
 from r3_adapter.megatron.reach import routed_live
 from r3_adapter.megatron.replay import ReplayBatch, check_dispatch
@@ -26,17 +27,19 @@ def forward(
     routes: Routes,
     *,
     live: bool = False,
+    attached: Attached | None = None,
     expect: Expect = lambda replay: None,
     keep: Keep = lambda batch, losses: None,
 ) -> None:
     """Run all micro-batches forward, as for old log-probabilities.
 
     live: leave the routes out, so that the routers select.
+    attached: the chunks with hooks, which then hand over the routes; None to hand them over as an argument.
     expect: is told the routes of a micro-batch before a chunk is called with it.
     keep: gets each micro-batch's losses, [b, s / cp] or [1, t / cp], on the last pipeline stage.
     """
     with torch.no_grad():
-        _run(chunks, batches, routes, live, expect, keep)
+        _run(chunks, batches, routes, live, attached, expect, keep)
 
 
 def training_step(
@@ -46,6 +49,7 @@ def training_step(
     routes: Routes | None,
     *,
     objective: Objective = lambda batch, losses: losses,
+    attached: Attached | None = None,
     expect: Expect = lambda replay: None,
     keep: Keep = lambda batch, losses: None,
 ) -> float:
@@ -57,7 +61,7 @@ def training_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
-    _run(chunks, batches, routes, routes is None, expect, keep, objective)
+    _run(chunks, batches, routes, routes is None, attached, expect, keep, objective)
     return float(optimizer.step()[1])
 
 
@@ -66,6 +70,7 @@ def _run(
     batches: Sequence[MicroBatch],
     routes: Routes | None,
     live: bool,
+    attached: Attached | None,
     expect: Expect,
     keep: Keep,
     objective: Objective | None = None,
@@ -80,7 +85,7 @@ def _run(
         arguments: dict[str, Any] = {}
         if replay is not None:
             expect(replay)
-            if not live:
+            if not live and attached is None:
                 arguments = replay.model_arguments
         if return_schedule_plan and batch.temperatures is not None:
             raise ReplayError(
@@ -109,7 +114,10 @@ def _run(
 
     own: Sequence[Sequence[ReplayBatch | None]] = routes or [[None] * len(batches) for _ in chunks]
     iterators = [iter(zip(batches, each, strict=True)) for each in own]
-    with routed_live(chunks) if live else nullcontext():
+    handed: AbstractContextManager[None] = nullcontext()
+    if attached is not None and routes is not None and not live:
+        handed = attached.replaying(routes)
+    with routed_live(chunks) if live else handed:
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],

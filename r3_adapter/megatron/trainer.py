@@ -34,6 +34,7 @@ class Scores:
     grad_norm: of the training pass, before clipping.
     collectives: as r3_adapter.megatron.collectives counts them, summed over ranks.
     why_not_planned: why a micro-batch's dispatch was not planned from its routes, by rank; no entry where all were.
+    backend: by which hooks handed the routes over; "argument" without hooks.
     """
 
     logprobs: list[npt.NDArray[np.float32]]
@@ -42,6 +43,7 @@ class Scores:
     grad_norm: float | None
     collectives: Mapping[str, int]
     why_not_planned: Mapping[int, str]
+    backend: str
 
     @property
     def collectives_per_moe_layer(self) -> float:
@@ -110,10 +112,11 @@ def score(
 def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
     layers: dict[int, Counter[str]] = {}
     tokens, collectives = Counter[str](), Counter[str]()
-    grad_norms, why_not_planned = set(), dict[int, str]()
+    grad_norms, backends, why_not_planned = set(), set[str](), dict[int, str]()
     for path in out.glob(f"{name}.*.json"):
         figures = json.loads(path.read_text(encoding="utf-8"))
         grad_norms.add(figures["grad_norm"])
+        backends.add(figures["backend"])
         tokens.update(figures["tokens"])
         collectives.update(figures["collectives"])
         if figures["why_not_planned"]:
@@ -140,4 +143,5 @@ def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
         grad_norms.pop(),
         collectives,
         dict(sorted(why_not_planned.items())),
+        " and ".join(sorted(backends)),
     )

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from r3_adapter.arguments import add_layout_arguments, add_plan_arguments, add_rl_arguments, layout_of
-from r3_adapter.errors import R3Error
+from r3_adapter.errors import R3Error, ReplayError
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.checkpoint import Checkpoint
+from r3_adapter.megatron.options import NATIVE_REFUSED, refusals
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.plan.checks import checks_of_model
 from r3_adapter.plan.model import ModelShape
@@ -55,6 +56,9 @@ def check_trainer(folder: Path, layout: ParallelLayout, options: TrainerOptions)
         R3Error: the first thing that does not fit, with both operands.
     """
     check_megatron_arguments(options.megatron_arguments)
+    if options.attach == "native":
+        for name, found, wanted, why in refusals(NATIVE_REFUSED, options.megatron_arguments):
+            raise ReplayError(f"backend 'native': {name} ({found!r}) != {wanted}: {why}")
     flags = {
         "pipeline_model_parallel_layout": options.pipeline_model_parallel_layout,
         "megatron_args": options.megatron_arguments,

@@ -1,25 +1,20 @@
 """The patched Megatron: given no routes it is the released one; given some, its routers use them and nothing else."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from r3_adapter import patching
 from r3_adapter.patching import State
 from r3_adapter.processes import run_together
-from r3_adapter.series import Series, load_series, write_upstream_tests
+from r3_adapter.series import Series, write_upstream_tests
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
 HERE = Path(__file__).parent
-NAME = "megatron-core"
 TIMEOUT = 240
 
 # warnings: Megatron gives some when it is imported without TransformerEngine.
@@ -31,38 +26,6 @@ import pytest
 options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "--noconftest", "--import-mode=importlib", "-c", "/dev/null"]
 sys.exit(pytest.main([*options, *sys.argv[1:]]))
 """
-
-
-@pytest.fixture(scope="session")
-def series() -> Series:
-    """The series for the installed Megatron-core."""
-    if find_spec("torch") is None:
-        pytest.skip("torch is not installed")
-    try:
-        version = distribution(NAME).version
-    except PackageNotFoundError:
-        pytest.skip(f"{NAME} is not installed")
-    found = [series for series in load_series()[NAME] if series.version == version]
-    if not found:
-        pytest.skip(f"{NAME} {version} has no series")
-    return found[0]
-
-
-@pytest.fixture(scope="session")
-def trees(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Mapping[State, Path]:
-    """Two copies of the installed Megatron-core, to be put first on the path: one released, one patched."""
-    installed = distribution(NAME)
-    folders = {"megatron", *(file.parts[0] for file in installed.files or () if file.parts[0].endswith(".dist-info"))}
-    trees = {}
-    for state, move in ((State.NOT_APPLIED, patching.revert), (State.APPLIED, patching.apply)):
-        site = tmp_path_factory.mktemp("site")
-        for folder in folders:
-            shutil.copytree(Path(str(installed.locate_file(folder))), site / folder)
-        move([NAME], site=site)
-        (status,) = patching.status([NAME], site=site)
-        assert status.state is state
-        trees[state] = site
-    return trees
 
 
 def run(tree: Path, *arguments: str, path: Path = HERE, interpret: bool = False) -> None:

@@ -43,6 +43,8 @@ CALLS: list[tuple[str, str, Call]] = [
     ("backend", "'auto', 'patch', 'native'", lambda word: prepare(None, [], None, backend=word, layout=ONE)),  # type: ignore[arg-type]
     ("backend", "'auto', 'patch', 'native'", lambda word: attach([], word)),
     ("outside", "'live', 'refuse'", lambda word: attach([], outside=word)),
+    ("aux_losses", "'replayed', 'live'", lambda word: attach([], aux_losses=word)),
+    ("attach", "'auto', 'patch', 'native'", lambda word: TrainerOptions(attach=word)),
     ("replay", "'off', 'r2', 'r3'", lambda word: PolicyOptions(replay=word)),
     ("estimator", "'grpo', 'gspo'", lambda word: Objective(estimator=word)),
     ("estimator", "'grpo', 'gspo'", lambda word: items_of([], word)),
