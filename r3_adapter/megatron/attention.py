@@ -38,7 +38,9 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         if packed_seq_params is None:
             rooms = [len(query) * group.size()]
         else:
-            rooms = packed_seq_params.cu_seqlens_q_padded.diff().tolist()
+            # Without padding between the sequences Megatron leaves the padded bounds out.
+            padded = packed_seq_params.cu_seqlens_q_padded
+            rooms = (packed_seq_params.cu_seqlens_q if padded is None else padded).diff().tolist()
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         places = [_places(rooms, group.size(), rank).to(query.device) for rank in range(group.size())]
         own, everybody = places[group.rank()][:, None], torch.cat(places)[None]

@@ -1,5 +1,7 @@
 """What slime 0.3.1 and miles 0.1.0 do with samples, in our own words: conversion, packing, cut, and passes.
 
+b: samples of a micro-batch; t: tokens of it, padding included.
+
 The tests hold replay against these layouts; they were compared with both frameworks' own code.
 """
 
@@ -131,3 +133,69 @@ def get_batch(
         max_seqlen_kv=longest,
     )
     return {**batch, "unconcat_tokens": batch["tokens"], "tokens": torch.tensor([tokens]), "packed_seq_params": params}
+
+
+def get_log_probs_and_entropy(
+    logits: torch.Tensor, *, unconcat_tokens: Sequence[torch.Tensor], response_lengths: Sequence[int], **_: Any
+) -> dict[str, list[torch.Tensor]]:
+    """Return each sample's log-probabilities; logits: [1, t, vocabulary], without context parallelism."""
+    found, start = [], 0
+    for tokens, length in zip(unconcat_tokens, response_lengths, strict=True):
+        stop = start + len(tokens)
+        rows = logits[0, stop - 1 - length : stop - 1].float().log_softmax(-1)
+        found.append(rows.gather(1, tokens[-length:, None])[:, 0])
+        start = stop
+    return {"log_probs": found}
+
+
+def slice_log_prob_with_cp(values: Cell, total_length: int, response_length: int) -> Cell:
+    """Return a context-parallel rank's part of a sample's values: without context parallelism all of them."""
+    return values
+
+
+def run_model(args: Any, model: Any, iterator: DataIterator) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Run the next micro-batch, as the loops of both frameworks call the model."""
+    keys = ["tokens", "loss_masks", "total_lengths", "response_lengths", "rollout_log_probs"]
+    batch = get_batch(iterator, keys, args.data_pad_size_multiplier, args.allgather_cp)
+    logits = model(
+        input_ids=batch["tokens"],
+        position_ids=None,
+        attention_mask=None,
+        labels=None,
+        packed_seq_params=batch["packed_seq_params"],
+    )
+    return logits, batch
+
+
+@torch.no_grad()
+def forward_only(
+    f: Any, args: Any, model: Any, data_iterator: Any, num_microbatches: Sequence[int], store_prefix: str = ""
+) -> dict[str, list[torch.Tensor]]:
+    iterator, found = data_iterator[0].reset(), list[torch.Tensor]()
+    for _ in range(sum(num_microbatches)):
+        logits, batch = run_model(args, model[0], iterator)
+        found += f(logits, **batch)["log_probs"]
+    places = [at for indices in iterator.micro_batch_indices for at in indices]
+    return {f"{store_prefix}log_probs": [found[places.index(at)] for at in range(len(places))]}
+
+
+def train_one_step(
+    args: Any,
+    rollout_id: int,
+    step_id: int,
+    data_iterator: Any,
+    model: Any,
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    num_microbatches: int,
+    step_global_batch_size: int,
+) -> tuple[dict[str, Any], float]:
+    """Run the micro-batches of a step; the weights stay as they are."""
+    model[0].zero_grad_buffer()
+    total = torch.zeros(())
+    for _ in range(num_microbatches):
+        logits, batch = run_model(args, model[0], data_iterator[0])
+        loss = -torch.cat(get_log_probs_and_entropy(logits, **batch)["log_probs"]).sum()
+        loss.backward()
+        total += loss.detach()
+    return {"loss": total}, 0.0

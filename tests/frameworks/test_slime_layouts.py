@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from r3_adapter.errors import LayoutError
 from r3_adapter.frameworks.slime.batches import with_tail
-from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.layout import CpCut, Packing, ParallelLayout
 from r3_adapter.repack import LIVE, repack
 from r3_adapter.trace import RoutingTrace
 
@@ -38,25 +38,28 @@ def random_trace(num_tokens: int, rng: np.random.Generator) -> RoutingTrace:
     tp=st.sampled_from([1, 2]),
     cp=st.sampled_from([1, 2, 4]),
     multiple=st.sampled_from([1, 2, 4, 16]),
+    whole_stream=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-@example(lengths=[8, 16], tp=2, cp=2, multiple=2, seed=0)  # no tail of padding
-@example(lengths=[7, 9], tp=1, cp=1, multiple=16, seed=0)
+@example(lengths=[8, 16], tp=2, cp=2, multiple=2, whole_stream=False, seed=0)  # no tail of padding
+@example(lengths=[8, 16], tp=2, cp=2, multiple=2, whole_stream=True, seed=0)
+@example(lengths=[7, 9], tp=1, cp=1, multiple=16, whole_stream=False, seed=0)
 @settings(max_examples=200)
 def test_each_row_has_the_experts_of_its_token(
-    lengths: list[int], tp: int, cp: int, multiple: int, seed: int, slimelike: ModuleType
+    lengths: list[int], tp: int, cp: int, multiple: int, whole_stream: bool, seed: int, slimelike: ModuleType
 ) -> None:
     rng = np.random.default_rng(seed)
     traces = [random_trace(length, rng) for length in lengths]
     cells = [[(sample, at) for at in range(length)] for sample, length in enumerate(lengths)]
     layout = ParallelLayout(tp=tp, cp=cp)
+    cp_cut: CpCut = "contiguous" if whole_stream else "zigzag"
     for rank in range(layout.world_size):
         coords = layout.coords(rank)
         share, bounds = slimelike.pack(
-            cells, tp=tp, cp=cp, cp_rank=coords.cp_rank, multiple=multiple, whole_stream=False, fill=PAD
+            cells, tp=tp, cp=cp, cp_rank=coords.cp_rank, multiple=multiple, whole_stream=whole_stream, fill=PAD
         )
         tokens = [0 if cell == PAD else int(traces[cell[0]].token_ids[cell[1]]) for cell in share]
-        packing = Packing.packed(bounds)
+        packing = Packing.packed(bounds, cp_cut=cp_cut)
         routes = repack(
             with_tail(traces, len(bounds) - 1),
             packing,

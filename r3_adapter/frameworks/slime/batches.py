@@ -14,7 +14,7 @@ import torch
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.frameworks.rows import from_int32
 from r3_adapter.frameworks.slime.rollout import ROUTES
-from r3_adapter.layout import Packing
+from r3_adapter.layout import CpCut, Packing
 from r3_adapter.megatron.replay import StepInput
 from r3_adapter.trace import RoutingTrace
 
@@ -42,12 +42,11 @@ def step_inputs(iterator: Any, first: int, num: int, get_batch: GetBatch, args: 
         "qkv_format": getattr(args, "qkv_format", "thd"),
     }
     options = {name: value for name, value in options.items() if name in known}
-    if args.allgather_cp:
-        raise LayoutError("--allgather-cp: this cut for context parallelism is not known")
-    return [step_input(get_batch(ahead, list(_KEYS), **options)) for _ in range(num)]
+    cut: CpCut = "contiguous" if args.allgather_cp else "zigzag"
+    return [step_input(get_batch(ahead, list(_KEYS), **options), cut) for _ in range(num)]
 
 
-def step_input(batch: dict[str, Any]) -> StepInput:
+def step_input(batch: dict[str, Any], cp_cut: CpCut) -> StepInput:
     """Return what `prepare_step` takes of one micro-batch.
 
     batch: of `get_batch`; tokens [1, t / cp], and where the samples of the whole micro-batch begin and end; or [N, s /
@@ -59,8 +58,8 @@ def step_input(batch: dict[str, Any]) -> StepInput:
     traces, tokens = list(batch[ROUTES]), batch["tokens"]
     bounds = _bounds(batch)
     if bounds is None:
-        return StepInput(traces, tokens, _padded(len(traces), tokens))
-    return StepInput(with_tail(traces, len(bounds) - 1), tokens, Packing.packed(bounds))
+        return StepInput(traces, tokens, _padded(len(traces), tokens, cp_cut))
+    return StepInput(with_tail(traces, len(bounds) - 1), tokens, Packing.packed(bounds, cp_cut=cp_cut))
 
 
 def with_tail(traces: Sequence[RoutingTrace], num_sequences: int) -> list[RoutingTrace]:
@@ -94,11 +93,11 @@ def traces_of(rollout_data: dict[str, Any]) -> list[RoutingTrace]:
     return list(found)
 
 
-def _padded(num_samples: int, tokens: torch.Tensor) -> Packing:
+def _padded(num_samples: int, tokens: torch.Tensor, cp_cut: CpCut) -> Packing:
     from megatron.core import parallel_state as ps
 
     length = tokens.shape[1] * ps.get_context_parallel_world_size()
-    return Packing.padded(num_samples, length)
+    return Packing.padded(num_samples, length, cp_cut=cp_cut)
 
 
 def _bounds(batch: dict[str, Any]) -> list[int] | None:
