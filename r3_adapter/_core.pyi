@@ -113,3 +113,40 @@ def decode_sets(
     codes: uint8, of exactly the length that encode_sets writes; no code too large, no bit set behind the last one.
     topk_ids: [S, M, K] uint8 or uint16, written; 0 where the row was not captured.
     """
+
+def place(
+    *,
+    loads: npt.NDArray[np.int32],
+    expert_at: npt.NDArray[np.int32],
+    num_ranks: int,
+    num_groups: int,
+    seed: int,
+    num_swaps: int,
+    num_threads: int = 1,
+) -> None:
+    """Write which expert lies at each slot of each layer, so that ranks get as many tokens as each other.
+
+    loads: [B, L, E] int32; tokens of each micro-step at each expert.
+    expert_at: [L, E] int32, written; slots of a rank lie next to each other.
+    num_ranks: divides E. num_groups: divides E; experts of a group stay in one block of E / num_groups slots.
+    num_swaps: tried in each layer.
+    """
+
+def compose(
+    *,
+    loads: npt.NDArray[np.float32],
+    tokens: npt.NDArray[np.int64],
+    step_of: npt.NDArray[np.int32],
+    num_steps: int,
+    max_tokens: int,
+    seed: int,
+    num_moves: int,
+) -> int:
+    """Write in which micro-step each sample goes; return how many there are.
+
+    loads: [S, R, L] float32; tokens that a sample sends to each rank in each layer.
+    tokens: [S] int64. step_of: [S] int32, written.
+    num_steps: at least; there are more if samples do not fit into as many.
+    max_tokens: of a micro-step; a longer sample has one for itself.
+    num_moves: tried.
+    """

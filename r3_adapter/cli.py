@@ -150,12 +150,33 @@ def add_doctor(subparsers: "Subparsers") -> None:
     parser.set_defaults(run=_doctor)
 
 
+def add_balance(subparsers: "Subparsers") -> None:
+    """Add `r3 balance`."""
+    text = "how even the loads of expert-parallel ranks are, and what placing experts and packing samples would give"
+    parser = subparsers.add_parser("balance", help=text, description=text)
+    parser.add_argument(
+        "traces", nargs="*", type=Path, metavar="TRACES", help="folders that --save-rollouts has written"
+    )
+    parser.add_argument("--simulate", metavar="SKEW", help="in place of traces: mild, medium or strong")
+    parser.add_argument(
+        "--ep", type=arguments.whole(1), required=True, metavar="N", help="ranks that share experts out"
+    )
+    text = "of a micro-step of all these ranks together; default: 32768"
+    parser.add_argument("--max-tokens", type=arguments.whole(1), default=32768, metavar="N", help=text)
+    text = "of a router that is limited to groups; default: 1"
+    parser.add_argument("--groups", type=arguments.whole(1), default=1, metavar="N", help=text)
+    parser.add_argument("--seed", type=arguments.whole(0, arguments.LARGEST_SEED), default=0)
+    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write the figures here too")
+    parser.set_defaults(run=_balance)
+
+
 COMMANDS: tuple[Callable[["Subparsers"], None], ...] = (
     add_patch,
     add_prove,
     add_plan,
     add_bench,
     add_report,
+    add_balance,
     add_doctor,
 )
 
@@ -321,6 +342,18 @@ def _report_runs(args: argparse.Namespace) -> int:
         print(said)
     for run in runs:
         print(last_line(run.summary, args.out))
+    return 0
+
+
+def _balance(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from r3_adapter.balance.command import balance, table_of
+
+    found = balance(args)
+    Console(width=None if sys.stdout.isatty() else 120).print(table_of(found, args.ep))
+    if args.json:
+        args.json.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

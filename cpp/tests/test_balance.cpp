@@ -1,0 +1,81 @@
+// Tests of placement and composition by themselves, for sanitizers to watch: sizes of 1, odd ones, and samples that fit
+// nowhere.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "r3/composition.hpp"
+#include "r3/placement.hpp"
+#include "r3/random.hpp"
+
+namespace {
+
+void check(bool good, char const* what, int line) {
+  if (!good) {
+    std::fprintf(stderr, "line %d: %s\n", line, what);
+    std::exit(1);
+  }
+}
+#define CHECK(what) check((what), #what, __LINE__)
+
+void test_placement(std::size_t steps, std::size_t experts, std::size_t ranks, std::size_t groups) {
+  std::size_t const layers = 3;
+  r3::Random random(steps * 1000 + experts);
+  std::vector<std::int32_t> loads(steps * layers * experts);
+  std::generate(loads.begin(), loads.end(), [&] { return static_cast<std::int32_t>(random.below(1000)); });
+  r3::PlacementJob const job{loads.data(), steps, layers, experts, ranks, groups, 7, 200};
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    std::vector<std::int32_t> placed(experts, -1);
+    r3::LayerPlacement(job, layer).solve(job.num_swaps, placed.data());
+    std::size_t const group = experts / groups;
+    for (std::size_t slot = 0; slot < experts; ++slot) {
+      auto const first = static_cast<std::size_t>(placed[slot / group * group]);
+      CHECK(static_cast<std::size_t>(placed[slot]) / group == first / group);
+    }
+    std::sort(placed.begin(), placed.end());
+    for (std::size_t slot = 0; slot < experts; ++slot) {
+      CHECK(placed[slot] == static_cast<std::int32_t>(slot));
+    }
+  }
+}
+
+void test_composition(std::size_t samples, std::size_t ranks, std::size_t layers, std::int64_t max_tokens) {
+  r3::Random random(samples + ranks);
+  std::vector<float> loads(samples * ranks * layers);
+  std::generate(loads.begin(), loads.end(), [&] { return static_cast<float>(random.below(100)); });
+  std::vector<std::int64_t> tokens(samples);
+  std::generate(tokens.begin(), tokens.end(), [&] { return static_cast<std::int64_t>(random.below(50)); });
+  r3::CompositionJob const job{loads.data(), tokens.data(), samples, ranks, layers, 2, max_tokens, 3, 500};
+  std::vector<std::int32_t> step_of(samples, -1);
+  std::size_t const steps = r3::Composition(job).solve(step_of.data());
+  std::vector<std::int64_t> sums(steps), counts(steps);
+  for (std::size_t sample = 0; sample < samples; ++sample) {
+    auto const step = static_cast<std::size_t>(step_of[sample]);
+    CHECK(step < steps);
+    sums[step] += tokens[sample];
+    counts[step] += tokens[sample] > 0 ? 1 : 0;
+  }
+  for (std::size_t step = 0; step < steps; ++step) {
+    CHECK(sums[step] <= max_tokens || counts[step] == 1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (std::size_t steps : {0, 1, 5, 17}) {
+    test_placement(steps, 1, 1, 1);
+    test_placement(steps, 8, 8, 1);
+    test_placement(steps, 12, 3, 4);
+    test_placement(steps, 12, 4, 2);
+    test_placement(steps, 20, 5, 2);
+  }
+  for (std::int64_t max_tokens : {1, 49, 120, 100000}) {
+    test_composition(1, 1, 1, max_tokens);
+    test_composition(2, 3, 1, max_tokens);
+    test_composition(40, 4, 5, max_tokens);
+  }
+  std::puts("all passed");
+}
