@@ -204,6 +204,11 @@ class SampleFolder(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def num_tokens(self, index: int) -> int:
+        """Return the number of tokens of a sample, prompt and response, without reading it."""
+        num_prompt_tokens, num_response_tokens, _ = self._numbers[index]
+        return num_prompt_tokens + num_response_tokens
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload

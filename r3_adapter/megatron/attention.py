@@ -23,6 +23,8 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         alone = copy.copy(config)
         alone.context_parallel_size = 1
         super().__init__(alone, *args, **kwargs)
+        # Megatron's own mask of a window takes the keys for one sequence in order; ours is made of places instead.
+        self.window, self.scale_mask_softmax.window_size = self.scale_mask_softmax.window_size, None
 
     def forward(
         self,
@@ -45,6 +47,8 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         places = [_places(rooms, group.size(), rank).to(query.device) for rank in range(group.size())]
         own, everybody = places[group.rank()][:, None], torch.cat(places)[None]
         masked = (own[..., 0] != everybody[..., 0]) | (own[..., 1] < everybody[..., 1])
+        if self.window is not None:
+            masked |= own[..., 1] - everybody[..., 1] > self.window[0]
         key, value = (gather_from_sequence_parallel_region(part.contiguous(), group=group) for part in (key, value))
         out: torch.Tensor = super().forward(query, key, value, masked[None, None], **kwargs)
         return out

@@ -41,14 +41,18 @@ class MicroBatch:
     temperatures: torch.Tensor | None
     places: np.ndarray[Any, Any]
 
-    def packed_seq_params(self) -> Any:
-        """Return what GPTModel.forward wants of packed sequences; None for a padded batch."""
+    def packed_seq_params(self, *, with_padding: bool = False) -> Any:
+        """Return what GPTModel.forward wants of packed sequences; None for a padded batch.
+
+        with_padding: let a sample's padding be tokens of it, behind all others. Multi-token prediction needs that: it
+            moves tokens inside of these bounds, and takes them for the places in the batch.
+        """
         if self.packing.qkv_format == "sbhd":
             return None
         from megatron.core.packed_seq_params import PackedSeqParams
 
         padded = _cumulated(self.packing.rooms, self.tokens.device)
-        lengths = _cumulated([trace.num_tokens for trace in self.traces], self.tokens.device)
+        lengths = padded if with_padding else _cumulated([each.num_tokens for each in self.traces], padded.device)
         longest = max(self.packing.rooms)
         return PackedSeqParams(
             qkv_format="thd",
@@ -81,7 +85,7 @@ def micro_batches(
     coords = layout.coords(rank)
     if len(samples) % (size * layout.dp):
         raise LayoutError(f"{len(samples)} samples are not a multiple of micro-batch ({size}) x dp ({layout.dp})")
-    rooms = [_round_up(sample.trace.num_tokens - 1, 2 * layout.tp * layout.cp) for sample in samples]
+    rooms = [packed_room(sample.trace.num_tokens, layout) for sample in samples]
     batches = []
     for start in range(coords.dp_rank * size, len(samples), size * layout.dp):
         chosen = range(start, start + size)
@@ -98,13 +102,33 @@ def micro_batches(
 
 
 def packed_micro_batch(
-    samples: Sequence[Sample], layout: ParallelLayout, rank: int, device: torch.device
+    samples: Sequence[Sample],
+    layout: ParallelLayout,
+    rank: int,
+    device: torch.device,
+    *,
+    seq_length: int | None = None,
 ) -> MicroBatch:
-    """Build a packed micro-batch of all the samples, as the rank's context-parallel share of it."""
-    rooms = [_round_up(sample.trace.num_tokens - 1, 2 * layout.tp * layout.cp) for sample in samples]
+    """Build a packed micro-batch of all the samples, as the rank's context-parallel share of it.
+
+    seq_length: of the whole batch; what the samples leave is padding of the last one. Default: what they need.
+
+    Raises:
+        LayoutError: samples that need more.
+    """
+    rooms = [packed_room(sample.trace.num_tokens, layout) for sample in samples]
+    if seq_length is not None:
+        if (needed := sum(rooms)) > seq_length:
+            raise LayoutError(f"{len(samples)} samples, padded: {needed} tokens > sequence length ({seq_length})")
+        rooms[-1] += seq_length - needed
     packing = Packing.packed(np.cumsum([0, *rooms]))
     places = packed_places(packing, layout.cp, layout.coords(rank).cp_rank)
     return _build(samples, range(len(samples)), packing, places, device)
+
+
+def packed_room(num_tokens: int, layout: ParallelLayout) -> int:
+    """Return what a sample takes of a packed micro-batch; its last token is not fed."""
+    return _round_up(num_tokens - 1, 2 * layout.tp * layout.cp)
 
 
 def packed_places(packing: Packing, cp: int, cp_rank: int) -> npt.NDArray[np.int64]:

@@ -1,7 +1,10 @@
-"""Recorded rollouts as training data: shuffled by seed and epoch, shared out over data-parallel ranks, resumable."""
+"""Recorded rollouts as training data: shuffled by seed and epoch, shared out over data-parallel ranks, resumable.
+
+An item is a list of samples, which make a row of a micro-batch: one sample, or as many as a packed row holds.
+"""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -9,11 +12,47 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
-from r3_adapter.errors import TraceError
+from r3_adapter.errors import LayoutError, TraceError
 from r3_adapter.rollout import Sample, SampleFolder
 
 
-class RolloutDataset(Dataset[Sample]):
+class _Epochs:
+    """Samples of folders by their number in an epoch, in an order of each epoch's own.
+
+    folders: each is read when a sample of it is asked for, so that a rank reads its own share only.
+
+    Raises:
+        TraceError: folders without any sample.
+    """
+
+    def __init__(self, folders: Sequence[SampleFolder], seed: int) -> None:
+        self._folders = list(folders)
+        self._ends = list(accumulate(map(len, folders)))
+        if not self._ends or not self._ends[-1]:
+            raise TraceError(f"no samples in {[str(folder.folder) for folder in folders]}")
+        self.num_samples = self._ends[-1]
+        # The latest two epochs: workers that read ahead are at both sides of a border.
+        self._orders = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.num_samples))
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return [num_samples] the samples' numbers as the epoch has them."""
+        found: npt.NDArray[np.int64] = self._orders(epoch)
+        return found
+
+    def sample(self, number: int) -> Sample:
+        folder, index = self._place(number)
+        return folder[index]
+
+    def num_tokens(self, number: int) -> int:
+        folder, index = self._place(number)
+        return folder.num_tokens(index)
+
+    def _place(self, number: int) -> tuple[SampleFolder, int]:
+        folder = bisect_right(self._ends, number)
+        return self._folders[folder], number - self._ends[folder]
+
+
+class RolloutDataset(Dataset[list[Sample]]):
     """Samples in the order in which they are trained on: each epoch has all of them once, in an order of its own.
 
     Item i depends on the seed, i and the folders alone: a run that is resumed after n samples goes on with item n.
@@ -26,34 +65,92 @@ class RolloutDataset(Dataset[Sample]):
     """
 
     def __init__(self, folders: Sequence[SampleFolder], *, num_samples: int, seed: int) -> None:
-        self._folders, self._num_samples = list(folders), num_samples
-        self._ends = list(accumulate(map(len, folders)))
-        if not self._ends or not self._ends[-1]:
-            raise TraceError(f"no samples in {[str(folder.folder) for folder in folders]}")
-        self.epoch_size = self._ends[-1]
-        # The latest two epochs: workers that read ahead are at both sides of a border.
-        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.epoch_size))
+        self._epochs, self._num_samples = _Epochs(folders, seed), num_samples
+        self.epoch_size = self._epochs.num_samples
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> list[Sample]:
         epoch, place = divmod(index, self.epoch_size)
-        order: npt.NDArray[np.int64] = self._order(epoch)
-        number = int(order[place])
-        folder = bisect_right(self._ends, number)
-        return self._folders[folder][number - self._ends[folder]]
+        return [self._epochs.sample(int(self._epochs.order(epoch)[place]))]
+
+
+class PackedRollouts(Dataset[list[Sample]]):
+    """Rows of packed samples: each is filled with the next ones of the epoch, in the order of RolloutDataset.
+
+    A row ends before the first sample that it has no room for, and at the end of the epoch. Item i depends on the
+    arguments, i and the folders alone.
+
+    num_rows: length; may be more or less than an epoch.
+    seq_length: tokens of a row.
+    room: what a sample with a number of tokens takes of a row.
+
+    Raises:
+        TraceError: folders without any sample.
+        LayoutError: a sample that is longer than a row.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[SampleFolder],
+        *,
+        num_rows: int,
+        seq_length: int,
+        room: Callable[[int], int],
+        seed: int,
+    ) -> None:
+        self._epochs, self._num_rows, self._seq_length = _Epochs(folders, seed), num_rows, seq_length
+        self._rooms = [room(self._epochs.num_tokens(number)) for number in range(self._epochs.num_samples)]
+        if (longest := max(self._rooms)) > seq_length:
+            raise LayoutError(f"a sample that takes {longest} tokens of a row > sequence length ({seq_length})")
+        self._ends: list[int] = []
+        """Rows up to the end of each epoch that was looked at."""
+        self._bounds = lru_cache(2)(self._bounds_of)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> list[Sample]:
+        while not self._ends or index >= self._ends[-1]:
+            rows = len(self._bounds(len(self._ends))) - 1
+            self._ends.append(rows + (self._ends[-1] if self._ends else 0))
+        epoch = bisect_right(self._ends, index)
+        row = index - (self._ends[epoch - 1] if epoch else 0)
+        start, stop = self._bounds(epoch)[row : row + 2]
+        return [self._epochs.sample(int(number)) for number in self._epochs.order(epoch)[start:stop]]
+
+    def _bounds_of(self, epoch: int) -> list[int]:
+        """Return where in the epoch's order each row begins, and its end."""
+        bounds, filled = [0], 0
+        for place, number in enumerate(self._epochs.order(epoch).tolist()):
+            room = self._rooms[number]
+            if filled + room > self._seq_length:
+                bounds.append(place)
+                filled = 0
+            filled += room
+        return [*bounds, self._epochs.num_samples]
 
 
 def batches_of_rank(
-    dataset: RolloutDataset, *, start: int, micro_batch_size: int, dp_rank: int, dp_size: int, num_workers: int = 0
+    dataset: RolloutDataset | PackedRollouts,
+    *,
+    start: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int = 0,
 ) -> Iterator[list[Sample]]:
-    """Return this data-parallel rank's micro-batches, from sample `start` of the dataset on.
+    """Return this data-parallel rank's micro-batches, from item `start` of the dataset on.
 
-    The share is that of Megatron's own sampler: dp_size micro-batches in a row, one for each rank. The last samples are
+    The share is that of Megatron's own sampler: dp_size micro-batches in a row, one for each rank. The last items are
     left out where they fill no such row.
     """
     first = range(start + dp_rank * micro_batch_size, len(dataset), micro_batch_size * dp_size)
     whole = (len(dataset) - start) // (micro_batch_size * dp_size)
     batches = [range(at, at + micro_batch_size) for at in first[:whole]]
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list))  # type: ignore[arg-type]
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_joined))  # type: ignore[arg-type]
+
+
+def _joined(rows: Sequence[list[Sample]]) -> list[Sample]:
+    return [sample for row in rows for sample in row]

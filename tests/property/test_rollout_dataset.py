@@ -1,6 +1,7 @@
 """Training data of recorded rollouts: each epoch has each sample once, ranks share it out, a resumed run goes on."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from r3_adapter.errors import TraceError
-from r3_adapter.megatron.dataset import RolloutDataset, batches_of_rank
+from r3_adapter.errors import LayoutError, TraceError
+from r3_adapter.megatron.dataset import PackedRollouts, RolloutDataset, batches_of_rank
 from r3_adapter.rollout import Sample, SampleFolder, load_samples, sample_folders, save_samples, unrouted
 from r3_adapter.trace import RoutingTrace
 
@@ -28,20 +29,53 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[SampleFolder]:
     return sample_folders([root])
 
 
-def names(samples: object) -> list[int]:
-    return [int(sample.trace.token_ids[0]) for sample in samples]  # type: ignore[attr-defined]
+def names(samples: Iterable[Sample]) -> list[int]:
+    return [int(sample.trace.token_ids[0]) for sample in samples]
+
+
+def names_of(dataset: RolloutDataset | PackedRollouts, items: range) -> list[int]:
+    return [name for item in items for name in names(dataset[item])]
 
 
 def test_each_epoch_has_each_sample_once_in_another_order(folders: list[SampleFolder]) -> None:
     dataset = RolloutDataset(folders, num_samples=4 * NUM_SAMPLES, seed=1)
-    order = names(dataset[i] for i in range(len(dataset)))
+    order = names_of(dataset, range(len(dataset)))
     epochs = [order[at : at + NUM_SAMPLES] for at in range(0, len(order), NUM_SAMPLES)]
     assert all(sorted(epoch) == list(range(NUM_SAMPLES)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     again = RolloutDataset(folders, num_samples=NUM_SAMPLES, seed=1)
-    assert names(again[i] for i in range(NUM_SAMPLES)) == epochs[0]
+    assert names_of(again, range(NUM_SAMPLES)) == epochs[0]
     other = RolloutDataset(folders, num_samples=NUM_SAMPLES, seed=2)
-    assert names(other[i] for i in range(NUM_SAMPLES)) != epochs[0]
+    assert names_of(other, range(NUM_SAMPLES)) != epochs[0]
+
+
+@given(seq_length=st.integers(2 * (NUM_SAMPLES + 1), 60), num_rows=st.integers(0, 25), start=st.integers(0, 9))
+def test_rows_are_packed_with_the_samples_of_an_epoch_in_order(
+    folders: list[SampleFolder], seq_length: int, num_rows: int, start: int
+) -> None:
+    """A row ends where the next sample has no room, or the epoch ends; any row is found without those before it."""
+
+    def packed() -> PackedRollouts:
+        return PackedRollouts(folders, num_rows=num_rows, seq_length=seq_length, room=lambda n: 2 * (n - 1), seed=1)
+
+    rows = [names(packed()[item]) for item in range(num_rows)]
+    dataset = packed()
+    assert [names(dataset[item]) for item in range(start, num_rows)] == rows[start:]
+    alone = RolloutDataset(folders, num_samples=2**20, seed=1)
+    order = names_of(alone, range(sum(map(len, rows))))
+    assert [name for row in rows for name in row] == order
+    # Sample i has i + 2 tokens, of which the last is not fed.
+    rooms, done = [sum(2 * (name + 1) for name in row) for row in rows], 0
+    for row, room in zip(rows, rooms, strict=True):
+        done += len(row)
+        assert row and room <= seq_length
+        following = names(alone[done])[0]
+        assert done % NUM_SAMPLES == 0 or room + 2 * (following + 1) > seq_length
+
+
+def test_a_sample_longer_than_a_row_is_refused(folders: list[SampleFolder]) -> None:
+    with pytest.raises(LayoutError, match=r"a sample that takes 8 tokens of a row > sequence length \(7\)"):
+        PackedRollouts(folders, num_rows=1, seq_length=7, room=lambda n: n, seed=1)
 
 
 @given(
@@ -60,7 +94,7 @@ def test_ranks_share_what_is_left_of_a_run(
     ]
     assert {len(share) for share in shares} == {rows}
     found = [names(batch) for row in zip(*shares, strict=True) for batch in row]
-    want = names(dataset[i] for i in range(done * step, (done + rows) * step))
+    want = names_of(dataset, range(done * step, (done + rows) * step))
     assert [name for batch in found for name in batch] == want
     assert all(len(batch) == size for batch in found)
 
