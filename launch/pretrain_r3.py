@@ -3,7 +3,7 @@
 The arguments are Megatron's and those of r3_adapter.arguments; `torchrun launch/pretrain_r3.py --help` lists them.
 launch/pretrain_r3.sh has a set that runs anywhere.
 
-b: samples of a micro-batch; s: sequence length.
+b: samples of a micro-batch; s: sequence length; in packed rows b is 1.
 """
 
 import sys
@@ -16,6 +16,8 @@ import torch
 
 from r3_adapter.arguments import add_r3_offline_arguments
 from r3_adapter.errors import R3Error
+from r3_adapter.megatron.pretrain_model import embedding_ranks, model_config, num_live_layers
+from r3_adapter.megatron.pretrain_options import check_arguments, check_given
 from r3_adapter.megatron.pretraining import PreparedBatch, prepared
 from r3_adapter.megatron.temperature import scored_at
 from r3_adapter.rl.losses import k3
@@ -26,7 +28,7 @@ DEFAULTS = {"tokenizer_type": "NullTokenizer", "dataloader_type": "external"}
 
 
 def main() -> None:
-    """Run Megatron's pretrain with this script's model, data and loss."""
+    """Run Megatron's pretrain with its own model, and this script's data and loss."""
     if not torch.cuda.is_available():
         from r3_adapter.megatron import cpu
 
@@ -37,107 +39,78 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    check_given(sys.argv[1:], add_r3_offline_arguments)
     args = parse_and_validate_args(add_r3_offline_arguments, args_defaults=DEFAULTS)
-    check_arguments(args)
+    model = model_config(args)
+    check_arguments(args, model.transformer)
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank reads; pretraining.py says why
     # pretrain() takes no schedule: it asks this function for one, for training and for evaluation.
     schedule_of = training.get_forward_backward_func
     training.get_forward_backward_func = lambda *given, **named: with_replay(args, schedule_of(*given, **named))
     training.pretrain(
-        pretrain_cfg_container_from_args(args),
+        pretrain_cfg_container_from_args(args, model),
         datasets_provider,
         # By name: their order differs between releases.
         model_type=ModelType.encoder_or_decoder,
         forward_step_func=forward_step,
-        model_provider=partial(model_provider, []),
+        get_embedding_ranks=lambda pp_ranks: embedding_ranks(pp_ranks, model.transformer),
     )
     torch.distributed.destroy_process_group()
 
 
-def check_arguments(args: Namespace) -> None:
-    """Refuse arguments of Megatron's that this script does not follow.
-
-    Raises:
-        R3Error: Names the argument.
-    """
-    if args.r2:
-        raise R3Error(
-            "--r2 replays the trainer's own pass for old log-probabilities, and this loop makes none: use --r3"
-        )
-    if args.dataloader_type != "external":
-        raise R3Error(f"--dataloader-type {args.dataloader_type} != external: the samples come in batches already")
-
-
 def with_replay(args: Namespace, schedule: Any) -> Any:
     """Return Megatron's schedule with the preparation of its step before it."""
-    from r3_adapter.megatron.batches import padded_micro_batch
+    from r3_adapter.megatron.batches import packed_micro_batch, padded_micro_batch
     from r3_adapter.megatron.replay import current_layout
 
     rank, device = torch.distributed.get_rank(), torch.device(torch.cuda.current_device())
+
+    def to_batch(samples: list[Sample]) -> Any:
+        if args.dataloader_inter_document_masking:
+            return packed_micro_batch(samples, current_layout(), rank, device, seq_length=args.seq_length)
+        return padded_micro_batch(samples, args.seq_length, current_layout(), rank, device)
+
     return prepared(
         schedule,
-        lambda samples: padded_micro_batch(samples, args.seq_length, current_layout(), rank, device),
+        to_batch,
         replay=args.r3,
         weight_version=args.r3_weight_version,
         staleness=args.r3_staleness,
     )
 
 
-def model_provider(
-    read_names: list[str],
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: Any = None,
-    pg_collection: Any = None,
-) -> torch.nn.Module:
-    """Build a model chunk as the arguments say, with the weights of --r3-hf-checkpoint if it is given.
-
-    read_names: of the checkpoint's tensors, what earlier chunks of this rank have read.
-    """
-    from megatron.training import get_args
-    from megatron.training.arguments import core_transformer_config_from_args
-
-    from r3_adapter.megatron.checkpoint import Checkpoint
-    from r3_adapter.megatron.model import build_chunk, check_all_read
-    from r3_adapter.megatron.weights import load_weights
-
-    args = get_args()
-    model = build_chunk(
-        config or core_transformer_config_from_args(args),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        rotary_base=args.rotary_base,
-        tied=not args.untie_embeddings_and_output_weights,
-        vp_stage=vp_stage,
-    )
-    if args.r3_hf_checkpoint is not None:
-        read_names += load_weights(model, args.r3_hf_checkpoint)
-        if vp_stage in (None, (args.virtual_pipeline_model_parallel_size or 0) - 1):
-            with Checkpoint(args.r3_hf_checkpoint) as checkpoint:
-                check_all_read(args.r3_hf_checkpoint, checkpoint.names(), read_names)
-    return model
-
-
 def datasets_provider(
-    num_samples: tuple[int, int, int], vp_stage: int | None = None
+    num_items: tuple[int, int, int], vp_stage: int | None = None
 ) -> tuple[Iterator[list[Sample]] | None, ...]:
-    """Return this rank's micro-batches for training, validation and test; all are of --r3-traces."""
+    """Return this rank's micro-batches for training, validation and test; all are of --r3-traces.
+
+    num_items: samples, or rows of packed ones, for each of the three.
+    """
     from megatron.core import parallel_state as ps
     from megatron.training import get_args
 
-    from r3_adapter.megatron.dataset import RolloutDataset, batches_of_rank
+    from r3_adapter.megatron.batches import packed_room
+    from r3_adapter.megatron.dataset import PackedRollouts, RolloutDataset, batches_of_rank
+    from r3_adapter.megatron.replay import current_layout
 
     args = get_args()
     folders = sample_folders(args.r3_traces)
     loaders = []
-    for total, start in zip(num_samples, (args.consumed_train_samples, args.consumed_valid_samples, 0), strict=True):
-        dataset = RolloutDataset(folders, num_samples=max(total or 0, start), seed=args.seed)
+    starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
+    sizes = (args.micro_batch_size, args.eval_micro_batch_size, args.eval_micro_batch_size)
+    for total, start, size in zip(num_items, starts, sizes, strict=True):
+        number = max(total or 0, start)
+        dataset: RolloutDataset | PackedRollouts
+        if args.dataloader_inter_document_masking:
+            room = partial(packed_room, layout=current_layout())
+            dataset = PackedRollouts(folders, num_rows=number, seq_length=args.seq_length, room=room, seed=args.seed)
+        else:
+            dataset = RolloutDataset(folders, num_samples=number, seed=args.seed)
         loaders.append(
             batches_of_rank(
                 dataset,
                 start=start,
-                micro_batch_size=args.micro_batch_size,
+                micro_batch_size=size,
                 dp_rank=ps.get_data_parallel_rank(),
                 dp_size=ps.get_data_parallel_world_size(),
                 num_workers=args.num_workers,
@@ -150,20 +123,34 @@ def forward_step(
     data_iterator: Iterator[PreparedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
 ) -> tuple[torch.Tensor, Any]:
     """Run one micro-batch through a model chunk; return its output, and the loss as a function of it."""
+    from megatron.core.utils import get_model_config
+
     if return_schedule_plan:
         raise R3Error("--overlap-moe-expert-parallel-comm: its schedule plan has no argument for routes")
     step = next(data_iterator)
     if not isinstance(step, PreparedBatch):
         raise R3Error(f"the loop took its data past this script's preparation: {type(step).__name__} != PreparedBatch")
-    batch = step.batch
+    batch, config = step.batch, get_model_config(model)
     with scored_at(model, batch):
-        output = model(batch.tokens, batch.positions, None, labels=batch.labels, **step.model_arguments)
-    return output, partial(loss_func, step)
+        output = model(
+            batch.tokens,
+            batch.positions,
+            None,
+            labels=batch.labels,
+            # Heads of multi-token prediction have it for their own labels.
+            loss_mask=batch.loss_mask,
+            packed_seq_params=batch.packed_seq_params(with_padding=config.mtp_num_layers is not None),
+            **step.model_arguments,
+        )
+    return output, partial(loss_func, step, num_live_layers(config))
 
 
-def loss_func(step: PreparedBatch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def loss_func(
+    step: PreparedBatch, live_layers: int, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return the sum of the response tokens' negative log-probabilities, their number, and what is reported.
 
+    live_layers: of multi-token prediction, which are given no routes.
     losses: [b, s]; each position's negative log-probability of the next token.
     """
     mask = step.batch.loss_mask
@@ -171,6 +158,9 @@ def loss_func(step: PreparedBatch, losses: torch.Tensor) -> tuple[torch.Tensor, 
     # Tokens are of the rollout's distribution. In float64: with replay the differences are near float32's precision.
     divergence = k3(step.rollout_logprobs.double(), -losses.detach().double()[mask > 0]).sum().float()
     report = {"lm loss": torch.stack([total.detach(), count]), "k3 KL to rollout": torch.stack([divergence, count])}
+    if live_layers and step.replay is not None:
+        # Megatron reports such pairs as their ratio, over all ranks.
+        report["r3 MTP layers live"] = torch.tensor([live_layers, 1.0], device=mask.device)
     return total, count.to(torch.int), {**report, **step.row_shares}
 
 

@@ -142,8 +142,10 @@ QWEN3_MOE: tuple[Rule, ...] = (
 )
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> list[str]:
+def load_weights(model: torch.nn.Module, folder: Path, *, without: tuple[str, ...] = ()) -> list[str]:
     """Copy this rank's share of a Qwen3-MoE checkpoint into a GPTModel; return the names read, one for each reading.
+
+    without: beginnings of the names of parameters that are left as they are.
 
     Raises:
         ReplayError: a parameter that no rule or more than one matches, a tensor that is missing or does not fit.
@@ -152,6 +154,8 @@ def load_weights(model: torch.nn.Module, folder: Path) -> list[str]:
     tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
     with Checkpoint(folder) as checkpoint, torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.startswith(without):
+                continue
             rule, sources, expert = source_of(model, name)
             data = rule.cut.take(checkpoint, sources, place_of(checkpoint.config, expert=expert))
             if data.shape != parameter.shape:

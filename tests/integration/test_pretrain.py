@@ -28,9 +28,18 @@ TIMEOUT = 300
 LAYOUTS: Mapping[str, tuple[int, str]] = {
     "world 1": (1, ""),
     "ep 2": (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
-    "tp 2, ep 2": (2, "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
-    "pp 2, vpp 2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "tp 2, ep 2, packed": (
+        2,
+        "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 "
+        "--dataloader-inter-document-masking --seq-length 960 --micro-batch-size 1 --global-batch-size 2",
+    ),
+    "pp 2, vpp 2, mtp": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+        "--mtp-num-layers 1 --mtp-loss-scaling-factor 0",
+    ),
 }
+"""In whatever order, the samples fill one row of 960 tokens and a part of another."""
 
 Scalars = dict[str, list[float]]
 
@@ -79,7 +88,9 @@ def rollout_loss(samples: list[Sample]) -> float:
 def test_replay_gives_the_rollouts_log_probabilities(
     traces: Path, checkpoint: Path, perturbed: list[Sample], world_1: Scalars, tmp_path: Path, layout: tuple[int, str]
 ) -> None:
-    """The first global batch has each sample once, with the weights of the rollout."""
+    """Each global batch has each sample once; the first is seen with the weights of the rollout."""
+    lengths = [sample.trace.num_tokens for sample in perturbed]
+    assert 960 + max(lengths) < sum(lengths) < 2 * (960 - max(lengths))
     found = world_1
     if layout != LAYOUTS["world 1"]:
         found = train(traces, checkpoint, tmp_path, layout[0], f"--r3 --train-iters 2 {layout[1]}")
@@ -90,6 +101,11 @@ def test_replay_gives_the_rollouts_log_probabilities(
     # The step after it: gradients that miss a rank's part would move the loss elsewhere.
     assert found["lm loss"][1] == pytest.approx(world_1["lm loss"][1], rel=1e-5)
     assert found["lm loss"][1] < found["lm loss"][0] - 0.01
+    if "inter-document" in layout[1]:
+        assert found["r3 rows padding"][0] < world_1["r3 rows padding"][0]
+    # Its own labels are the next but one tokens: near chance for weights at random.
+    assert ("mtp_1 loss" in found) == ("mtp" in layout[1])
+    assert found.get("r3 MTP layers live", [0])[0] == ("mtp" in layout[1])
 
 
 def test_rows_are_counted(perturbed: list[Sample], world_1: Scalars) -> None:
@@ -137,7 +153,8 @@ def test_all_ranks_refuse_what_one_of_them_refuses(checkpoint: Path, perturbed: 
     ("arguments", "message"),
     [
         ("--r2", "--r2 replays the trainer's own pass"),
-        ("--r3 --dataloader-type cyclic", "--dataloader-type cyclic != external"),
+        ("--r3 --data-path x", r"--data-path \(\['x'\]\): samples are those of --r3-traces"),
+        ("--r3 --dataloader-inter-document-masking", "--micro-batch-size 2 != 1 with --dataloader-inter-document-mask"),
         ("--r3 --seq-length 64", r"sample \d: \d+ tokens > sequence length \(64\) \+ 1"),
         ("--r3 --r3-weight-version other", "row of weights 'default' != 'other'"),
         ("--r3 --num-layers 7", "were read by no rank"),
