@@ -119,14 +119,10 @@ def datasets_provider(
     return tuple(loaders)
 
 
-def forward_step(
-    data_iterator: Iterator[PreparedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
-) -> tuple[torch.Tensor, Any]:
+def forward_step(data_iterator: Iterator[PreparedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """Run one micro-batch through a model chunk; return its output, and the loss as a function of it."""
     from megatron.core.utils import get_model_config
 
-    if return_schedule_plan:
-        raise R3Error("--overlap-moe-expert-parallel-comm: its schedule plan has no argument for routes")
     step = next(data_iterator)
     if not isinstance(step, PreparedBatch):
         raise R3Error(f"the loop took its data past this script's preparation: {type(step).__name__} != PreparedBatch")

@@ -52,6 +52,7 @@ _NAMES: Mapping[str, str] = {
     # The loop.
     "yaml_cfg": "its file replaces all arguments, this script's too",
     "logits_load_dir": "the loss is the negative log-probability of the sampled tokens, without a teacher's",
+    "overlap_moe_expert_parallel_comm": "its schedule plan scores labels later, without the rollout's temperatures",
     "iterations_to_skip": _LOOP,
     "full_validation": _LOOP,
     "multiple_validation_sets": _LOOP,

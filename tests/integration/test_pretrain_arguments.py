@@ -56,6 +56,7 @@ REFUSED = {
     "--mock-data": "samples are those of --r3-traces",
     "--sft": "--dataloader-inter-document-masking packs samples into rows",
     "--perform-rl-step": "train_rl.py",
+    "--overlap-moe-expert-parallel-comm": "without the rollout's temperatures",
     "--openai-gelu": "builder of GPT models does not look at it",
 }
 
