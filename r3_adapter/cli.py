@@ -19,7 +19,7 @@ from r3_adapter.errors import LayoutError, PatchError, R3Error
 from r3_adapter.patching import Outcome, State
 from r3_adapter.processes import guarded
 from r3_adapter.rebase.command import add_arguments
-from r3_adapter.signals import AFTER, run_command
+from r3_adapter.signals import AFTER, run_command, say
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[arguments.OneCommandParser]
@@ -264,8 +264,7 @@ def _prove(args: argparse.Namespace) -> int:
     with progress_bars(("rollout", "trainer")) as ticks:
         verdict = prove(layout, options, seed=args.seed, scene=scene, injection=args.inject, ticks=ticks)
     _print_json(verdict.to_json(), args.json)
-    for failure in verdict.failures:
-        print(f"r3 prove: failed: {failure}", file=sys.stderr)
+    say(f"r3 prove: {verdict.sentence}")
     return 0 if verdict.passed else 1
 
 

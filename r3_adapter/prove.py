@@ -17,8 +17,7 @@ import numpy as np
 from r3_adapter.errors import R3Error, check_choice
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.request import PASSES, TrainerOptions
-from r3_adapter.megatron.trainer import Scores, score
-from r3_adapter.metrics import gap
+from r3_adapter.megatron.trainer import score
 from r3_adapter.report import Tick
 from r3_adapter.rl.preflight import check_trainer
 from r3_adapter.rollout import Sample
@@ -27,6 +26,7 @@ from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import ENGINE, TinyModel, qwen3_moe_config, write_checkpoint
 from r3_adapter.trace import RoutingTrace
+from r3_adapter.verdict import Verdict, judge
 
 PERTURBED_SHARE = 0.2
 Injection = Literal["shift-token", "swap-layers", "swap-samples"]
@@ -38,68 +38,6 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 """Of one sample after the other: the trainer scores each at its own temperature, and in the whole vocabulary."""
 SMALL_POOL = 640
 """KV slots that do not suffice for the 16 requests of a batch."""
-MAX_REPLAY = 1e-4
-"""Largest difference of log-probabilities after replay: float32 sums in another order stay an order below."""
-MIN_LIVE = 1e-2
-"""Smallest largest difference with live routers: below it the perturbation would prove nothing."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the self-test found; rows are (token, MoE layer) pairs with a route.
-
-    rows_replayed: in a forward pass, as for old log-probabilities; rows_trained: in the training step after it, where a
-        row counts if the recomputation, too, replays it. max_abs_dlogp_replay is the larger one of both passes.
-    collectives_per_moe_layer: that a rank enters in a forward pass of a MoE layer, on average, by pass.
-    count_exchanges: all-gathers of token counts in MoE layers on all ranks, recomputation included, by pass.
-    why_not_planned: by pass, why the dispatch of micro-batches was not planned from their routes, and so may exchange
-        counts; no entry where all were planned.
-    backend: by which hooks handed the routes over, "patch" or "native"; "argument" without hooks.
-    """
-
-    layout: Mapping[str, Any]
-    options: Mapping[str, Any]
-    tokens: int
-    rows_expected: int
-    rows_replayed: int
-    rows_trained: int
-    max_abs_dlogp_replay: float
-    max_abs_dlogp_live: float
-    collectives_per_moe_layer: Mapping[str, float]
-    count_exchanges: Mapping[str, int]
-    why_not_planned: Mapping[str, str]
-    backend: str
-
-    @property
-    def failures(self) -> list[str]:
-        """Say what is wrong, with both operands; nothing if the test passed."""
-        checks = {
-            f"max |d logp| after replay {self.max_abs_dlogp_replay:.2e} > {MAX_REPLAY:g}": (
-                self.max_abs_dlogp_replay <= MAX_REPLAY
-            ),
-            f"max |d logp| with live routers {self.max_abs_dlogp_live:.2e} < {MIN_LIVE:g}: nothing was proved": (
-                self.max_abs_dlogp_live >= MIN_LIVE
-            ),
-            f"rows replayed {self.rows_replayed} != {self.rows_expected} rows with a route": (
-                self.rows_replayed == self.rows_expected
-            ),
-            f"rows replayed in training {self.rows_trained} != {self.rows_expected} rows with a route": (
-                self.rows_trained == self.rows_expected
-            ),
-        }
-        for name in ("replay", "train"):
-            exchanges = self.count_exchanges[name]
-            text = f"{exchanges} exchanges of token counts in pass {name!r} != 0, and all of it was planned"
-            checks[text] = exchanges == 0 or name in self.why_not_planned
-        return [text for text, good in checks.items() if not good]
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report: the fields and `passed`."""
-        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass(frozen=True)
@@ -160,7 +98,8 @@ def prove(
         if injection is not None:
             samples = damage(samples, injection)
         scores = score(folder, samples, layout, options, passes=PASSES, progress=ticks[1])
-    return judge(samples, scores, layout, options)
+    about = {"seed": seed, "scene": asdict(scene), "injection": injection}
+    return judge(samples, scores, layout, options, about)
 
 
 def check_fits(layout: ParallelLayout, options: TrainerOptions | None = None) -> None:
@@ -218,36 +157,6 @@ def perturbed_rollout(
     if scene.retract and len(samples) == len(prompts):
         raise R3Error(f"no request was retracted with a pool of {SMALL_POOL} tokens: nothing was proved")
     return samples
-
-
-def judge(
-    samples: Sequence[Sample],
-    scores: Mapping[str, Scores],
-    layout: ParallelLayout,
-    options: TrainerOptions | None = None,
-) -> Verdict:
-    """Compare the trainer's scores, of all passes, with the rollout's samples."""
-    options = options or TrainerOptions()
-    rollout = np.concatenate([sample.logprobs for sample in samples])
-    worst = {mode: gap(np.concatenate(found.logprobs), rollout).max_abs for mode, found in scores.items()}
-    return Verdict(
-        layout={**asdict(layout), "world_size": layout.world_size},
-        options=asdict(options),
-        tokens=len(rollout),
-        rows_expected=sum(int(sample.trace.captured.sum()) * len(sample.trace.layer_ids) for sample in samples),
-        rows_replayed=scores["replay"].rows_equal,
-        rows_trained=scores["train"].rows_equal // (1 if options.recompute == "none" else 2),
-        max_abs_dlogp_replay=max(worst["replay"], worst["train"]),
-        max_abs_dlogp_live=worst["live"],
-        collectives_per_moe_layer={name: round(found.collectives_per_moe_layer, 3) for name, found in scores.items()},
-        count_exchanges={name: found.collectives["count_exchanges"] for name, found in scores.items()},
-        why_not_planned={
-            name: next(iter(found.why_not_planned.values()))
-            for name, found in scores.items()
-            if found.why_not_planned and name != "live"
-        },
-        backend=scores["replay"].backend,
-    )
 
 
 def _shift_token(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:

@@ -9,9 +9,10 @@ import pytest
 from r3_adapter.layout import ParallelLayout, QkvFormat
 from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import score
-from r3_adapter.prove import damage, judge
+from r3_adapter.prove import damage
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
+from r3_adapter.verdict import judge
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 

@@ -21,12 +21,13 @@ from r3_adapter.megatron.checks import check_layout
 from r3_adapter.megatron.request import PASSES, TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.metrics import gap
-from r3_adapter.prove import INJECTIONS, Scene, damage, judge, perturbed_rollout
+from r3_adapter.prove import INJECTIONS, Scene, damage, perturbed_rollout
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.tiny import ENGINE, write_checkpoint
 from r3_adapter.trace import RoutingTrace
+from r3_adapter.verdict import judge
 
 pytestmark = pytest.mark.engine
 
