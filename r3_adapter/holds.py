@@ -3,12 +3,10 @@
 The files are looked at in a folder of links beside the tree, before anything of the tree is changed.
 """
 
-import builtins
 import json
 import shutil
-import symtable
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import environ, pathsep
 from pathlib import Path, PurePosixPath
@@ -16,6 +14,7 @@ from typing import Any
 
 from r3_adapter.checkout import Made
 from r3_adapter.errors import PatchError, R3Error
+from r3_adapter.names import undefined_names
 from r3_adapter.processes import run_together
 from r3_adapter.series import Series, write_upstream_tests
 
@@ -53,10 +52,12 @@ def check(made: Made, python: Path, *, tests: bool = True) -> list[str]:
         wrong = [
             f"{path}: {name} is not defined"
             for path, data in sources.items()
-            for name in sorted(undefined_names(path, data) - undefined_names(path, _bytes(before.folder / path)))
+            for name in undefined_names(path, data).keys() - undefined_names(path, _bytes(before.folder / path)).keys()
         ]
         if wrong:
-            raise PatchError(f"{made.checkout}: the patched files do not hold; nothing changed:\n" + "\n".join(wrong))
+            raise PatchError(
+                f"{made.checkout}: the patched files do not hold; nothing changed:\n" + "\n".join(sorted(wrong))
+            )
         written = write_upstream_tests(series, folder / "tests") if tests else []
         modules = [_module(series, path) for path in sources]
         files = [str(path) for path in written if path.name.startswith("test_")]
@@ -68,37 +69,6 @@ def check(made: Made, python: Path, *, tests: bool = True) -> list[str]:
     if wrong:
         raise PatchError(f"{made.checkout}: the patched files do not hold; nothing changed:\n" + "\n".join(wrong))
     return said
-
-
-def undefined_names(path: str, data: bytes | None) -> set[str]:
-    """Return the names that a Python file uses and nothing in it defines.
-
-    Raises:
-        PatchError: It is no Python.
-    """
-    if data is None:
-        return set()
-    try:
-        top = symtable.symtable(data.decode(), path, "exec")
-    except (SyntaxError, ValueError) as error:
-        raise PatchError(f"{path}: no Python: {error}") from error
-    tables = list(_tables(top))
-    known = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    known |= {
-        symbol.get_name()
-        for table in tables
-        for symbol in table.get_symbols()
-        if symbol.is_declared_global() and symbol.is_assigned()
-    }
-    used = {
-        symbol.get_name()
-        for table in tables
-        for symbol in table.get_symbols()
-        if symbol.is_referenced() and (symbol.is_global() or table is top)
-    }
-    if b"import *" in data:
-        return set()
-    return used - known - set(dir(builtins)) - {"__file__", "__path__", "__class__"}
 
 
 def link_tree(source: Path, target: Path, series: Series, files: Mapping[str, bytes | None]) -> None:
@@ -203,9 +173,3 @@ def _is_there(tree: Tree, module: str) -> bool:
 
 def _bytes(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
-    yield table
-    for child in table.get_children():
-        yield from _tables(child)

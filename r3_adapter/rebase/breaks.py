@@ -20,7 +20,7 @@ def find_breaks(pinned: Side, new: Side, traps: tuple[Trap, ...] = (), tell: Tel
     tell: is called with what is looked at next.
 
     Raises:
-        PatchError: ruff or mypy is not installed, or failed.
+        PatchError: mypy is not installed, or failed.
     """
     files = new.files()
     tell("names")

@@ -1,42 +1,29 @@
 """Names that are not defined, and imports of the engine's own modules that do not resolve; nothing is imported."""
 
 import ast
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from r3_adapter.errors import PatchError
+from r3_adapter.names import undefined_names as names_of
 from r3_adapter.rebase.sides import Finding, Side, module_file, parsed
-
-# Undefined names; names that `__all__` or a scope lacks. Ruff reports syntax errors, as of conflict markers, by itself.
-_RULES = "F821,F822,F823"
 
 
 def undefined_names(folder: Path, files: Sequence[str]) -> list[Finding]:
-    """Return the names that nothing defines in some files of a folder, and lines that are no Python.
-
-    Raises:
-        PatchError: ruff is not installed, or failed.
-    """
-    there = [path for path in files if (folder / path).is_file()]
-    if not there:
-        return []
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--exit-zero", "--select", _RULES]
-    run = subprocess.run([*command, "--output-format=json", *there], cwd=folder, capture_output=True, check=False)
-    if run.returncode:
-        raise PatchError(f"ruff failed; `pip install 'r3-adapter[test]'` installs it: {run.stderr.decode().strip()}")
-    return [
-        Finding(
-            Path(each["filename"]).relative_to(folder.resolve()).as_posix(),
-            each["location"]["row"],
-            "names",
-            each["message"],
-        )
-        for each in json.loads(run.stdout)
-    ]
+    """Return the names that nothing defines in some files of a folder, and files that are no Python."""
+    found = []
+    for path in files:
+        data = (folder / path).read_bytes() if (folder / path).is_file() else None
+        try:
+            names = names_of(path, data)
+        except PatchError as error:
+            found.append(Finding(path, 0, "names", str(error)))
+            continue
+        found += [
+            Finding(path, line, "names", f"Undefined name `{name}`") for name, lines in names.items() for line in lines
+        ]
+    return found
 
 
 def unresolved_imports(side: Side) -> list[Finding]:

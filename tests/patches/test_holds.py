@@ -1,6 +1,7 @@
 """Patched files of a source tree that do not hold are refused before the tree is changed."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from r3_adapter import checkout
 from r3_adapter.checkout import TreeOutcome
 from r3_adapter.errors import PatchError
-from r3_adapter.holds import check, undefined_names
+from r3_adapter.holds import check
+from r3_adapter.names import undefined_names
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -118,4 +120,7 @@ def test_names_that_nothing_defines_are_found_without_an_engine(world: World, tm
     ],
 )
 def test_undefined_names(text: str, names: set[str]) -> None:
-    assert undefined_names("x.py", text.encode()) == names
+    found = undefined_names("x.py", text.encode())
+    assert found.keys() == names
+    for name, lines in found.items():
+        assert lines == [at + 1 for at, line in enumerate(text.splitlines()) if name in re.split(r"\W+", line)]
