@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,11 +12,10 @@ from r3_adapter import patching
 from r3_adapter.patching import State
 from r3_adapter.prove import perturbed_rollout
 from r3_adapter.rollout import Sample
-from r3_adapter.series import Series, load_series
+from r3_adapter.series import Series
 from r3_adapter.tiny import write_checkpoint
 
 SEED = 7
-NAME = "megatron-core"
 
 
 @pytest.fixture(scope="session")
@@ -34,32 +33,20 @@ def perturbed(checkpoint: Path) -> list[Sample]:
 
 
 @pytest.fixture(scope="session")
-def series() -> Series:
-    """The series for the installed Megatron-core."""
+def trees(megatron_series: Series, tmp_path_factory: pytest.TempPathFactory) -> Mapping[State, Path]:
+    """Two copies of the installed Megatron-core, to be put first on the path: one released, one patched."""
     if find_spec("torch") is None:
         pytest.skip("torch is not installed")
-    try:
-        version = distribution(NAME).version
-    except PackageNotFoundError:
-        pytest.skip(f"{NAME} is not installed")
-    found = [series for series in load_series()[NAME] if series.version == version]
-    if not found:
-        pytest.skip(f"{NAME} {version} has no series")
-    return found[0]
-
-
-@pytest.fixture(scope="session")
-def trees(series: Series, tmp_path_factory: pytest.TempPathFactory) -> Mapping[State, Path]:
-    """Two copies of the installed Megatron-core, to be put first on the path: one released, one patched."""
-    installed = distribution(NAME)
+    name = megatron_series.distribution
+    installed = distribution(name)
     folders = {"megatron", *(file.parts[0] for file in installed.files or () if file.parts[0].endswith(".dist-info"))}
     trees = {}
     for state, move in ((State.NOT_APPLIED, patching.revert), (State.APPLIED, patching.apply)):
         site = tmp_path_factory.mktemp("site")
         for folder in folders:
             shutil.copytree(Path(str(installed.locate_file(folder))), site / folder)
-        move([NAME], site=site)
-        (status,) = patching.status([NAME], site=site)
+        move([name], site=site)
+        (status,) = patching.status([name], site=site)
         assert status.state is state
         trees[state] = site
     return trees

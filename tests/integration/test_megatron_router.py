@@ -44,8 +44,10 @@ def test_without_routes_it_computes_the_released_bits(trees: Mapping[State, Path
     assert released == patched
 
 
-def test_upstream_tests_of_the_series_pass(series: Series, trees: Mapping[State, Path], tmp_path: Path) -> None:
-    written = write_upstream_tests(series, tmp_path)
+def test_upstream_tests_of_the_series_pass(
+    megatron_series: Series, trees: Mapping[State, Path], tmp_path: Path
+) -> None:
+    written = write_upstream_tests(megatron_series, tmp_path)
     for interpret in (False, True):
         chosen = [str(path) for path in written if ("fusions" in path.parts) is interpret]
         run(trees[State.APPLIED], "-c", RUN_PYTEST, *chosen, path=tmp_path, interpret=interpret)

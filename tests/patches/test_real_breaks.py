@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -11,37 +10,28 @@ from r3_adapter.rebase.breaks import find_breaks
 from r3_adapter.rebase.sides import Side, make_side
 from r3_adapter.rebase.tree import as_patched
 from r3_adapter.release import release_files
-from r3_adapter.series import Contents, Series, load_series, read_patches
+from r3_adapter.series import Contents, Series, read_patches
 
 pytestmark = pytest.mark.megatron
 
-NAME = "megatron-core"
 GPT_MODEL = "megatron/core/models/gpt/gpt_model.py"
 MOE_UTILS = "megatron/core/transformer/moe/moe_utils.py"
 # What upstream might do, as (pattern, replacement) by path; "" stands for all files.
+CONFIG = "megatron/core/transformer/transformer_config.py"
 EDITS: Mapping[str, tuple[str, str]] = {
     "": (r"\bmoe_expert_capacity_factor\b|(?<!def )\b_?checkpointed_forward(?=\()", "renamed"),
     GPT_MODEL: (r"^from torch import Tensor$", ""),
-    MOE_UTILS: (r"\bdef _?compute_topk\b", "def topk_of"),
+    MOE_UTILS: (r"(?<=def )_?compute_topk\b|\bnum_out_tokens\b", "renamed_here"),
+    CONFIG: (r"\bmoe_permute_fusion\b", "renamed_here"),
 }
 NAMED = (
     r'break .*moe/routed_experts\.py:\d+: "moe_expert_capacity_factor" is defined nowhere in megatron/core 999',
     rf"break {GPT_MODEL}:\d+: Undefined name `Tensor`",
+    r'break .*moe/test_dispatch_plan\.py:\d+: Unexpected keyword argument "num_out_tokens" for "permute"',
+    r'break .*moe/token_dispatcher\.py:\d+: "TransformerConfig" has no attribute "moe_permute_fusion"',
     rf"break {MOE_UTILS}:\d+: Undefined name `_?compute_topk`",
     r"break megatron/core/(transformer/transformer_block|recompute)\.py: .*checkpointed_forward is hooked; .* nowhere",
 )
-
-
-@pytest.fixture(scope="module")
-def series() -> Series:
-    try:
-        version = distribution(NAME).version
-    except PackageNotFoundError:
-        pytest.skip(f"{NAME} is not installed")
-    found = [series for series in load_series()[NAME] if series.version == version]
-    if not found:
-        pytest.skip(f"{NAME} {version} has no series")
-    return found[0]
 
 
 def broken(files: Mapping[str, bytes | None], side: Side | None = None) -> Contents:
@@ -59,8 +49,9 @@ def broken(files: Mapping[str, bytes | None], side: Side | None = None) -> Conte
     return result
 
 
-def test_each_break_is_named(series: Series, tmp_path: Path) -> None:
-    files = release_files(NAME, series.version, series.prefix, series.package)
+def test_each_break_is_named(megatron_series: Series, tmp_path: Path) -> None:
+    series = megatron_series
+    files = release_files(series.distribution, series.version, series.prefix, series.package)
     files = {path: data for path, data in files.items() if path.endswith(".py")}
     changed = as_patched(read_patches(series), files)
     pinned = make_side(tmp_path / "pinned", series, series.version, files, changed)
