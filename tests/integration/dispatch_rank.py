@@ -16,6 +16,7 @@ import torch
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.megatron.attach import attach
 from r3_adapter.megatron.batches import MicroBatch, micro_batches
 from r3_adapter.megatron.collectives import counted
 from r3_adapter.megatron.model import build_model, build_optimizer, initialize
@@ -56,15 +57,18 @@ class Rank:
         self._model, self._layout, self._options, self.batches = model, layout, options, batches
         self.chunks: list[torch.nn.Module] = []
 
-    def step(self, routes: Callable[[list[StepInput]], Steps | None], **arguments: Any) -> dict[str, Any]:
+    def step(
+        self, routes: Callable[[list[StepInput]], Steps | None], *, attached: bool = False, **arguments: Any
+    ) -> dict[str, Any]:
         """Train once; routes: makes them of the inputs. Return a hash of losses, gradients and weights, and counts.
 
-        arguments: of Megatron, that win over those of all steps.
+        attached: hand the routes over by hooks. arguments: of Megatron, that win over those of all steps.
         """
         torch.manual_seed(0)
         arguments = {**self._options.megatron_arguments, **arguments}
         chunks = build_model(self._model, self._layout, replace(self._options, megatron_arguments=arguments))
         self.chunks, optimizer = build_optimizer(chunks, distributed=self._options.distributed_optimizer)
+        hooks = attach(self.chunks, "patch", outside="refuse") if attached else None
         given = routes([StepInput(each.traces, each.tokens, each.packing) for each in self.batches])
         digest = hashlib.sha256()
         with counted(self.chunks) as found:
@@ -73,6 +77,7 @@ class Rank:
                 optimizer,
                 self.batches,
                 given,
+                attached=hooks,
                 keep=lambda _, losses: digest.update(losses.detach().float().numpy().tobytes()),
             )
         for chunk in self.chunks:
@@ -144,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     }
     if layout.world_size == 2 and options == TrainerOptions():
         cases.update(wrong_plans(rank, number))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"attached": rank.step(rank.prepared, attached=True)}
     if options.megatron_arguments.get(OVERLAP):
         found["in turns"] = rank.step(rank.prepared, **{OVERLAP: False})
     for name, routes in cases.items():

@@ -63,6 +63,8 @@ def test_a_plan_changes_no_bit_and_spares_an_exchange_in_each_layer(run: Callabl
     for rank in run(layout):
         live, replay, plan = rank["live"], rank["replay"], rank["plan"]
         assert plan["digest"] == replay["digest"] != live["digest"]
+        # By hooks on the chunks, in forward or in build_schedule_plan, inside of Megatron's data parallelism.
+        assert (rank["attached"]["digest"], rank["attached"]["exchanges"]) == (plan["digest"], 0)
         assert not any(plan["why_not"][0]) and set(replay["why_not"][0]) == {"not asked for"}
         assert replay["exchanges"] == live["exchanges"] and plan["exchanges"] == 0
         assert (replay["exchanges"] > 0) != gathers
