@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from r3_adapter.errors import CaptureError, TraceError, check_choice
+from r3_adapter.errors import CaptureError, TraceError, check_choice, check_whole
 from r3_adapter.sglang.computation import Computation, read_computations
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.reply import (
@@ -98,7 +98,7 @@ def computations_from_reply(
     if payload[8:9] != b"{":
         raise CaptureError(
             f"{place}: payload of {len(payload)} bytes is not safetensors; "
-            "start SGLang, patched, with --routed-experts-format safetensors"
+            "start SGLang, patched, with --routed-experts-format safetensors, or read it with trace_from_native_reply"
         )
     found = read_computations(payload, place=place)
     token_ids = [*prompt_ids, *output_ids]
@@ -140,15 +140,27 @@ def check_computations(
 
 
 def trace_from_native_reply(
-    reply: Mapping[str, Any], prompt_ids: Sequence[int], facts: ModelFacts, *, place: str = "reply"
+    reply: Mapping[str, Any],
+    prompt_ids: Sequence[int],
+    facts: ModelFacts,
+    *,
+    place: str = "reply",
+    start: int = 0,
+    aborted: Policy = "raise",
 ) -> RoutingTrace:
-    """Read the routes of one reply of an unpatched server (or format "flat").
+    """Read the routes of one reply of an unpatched server (format "flat"), or of a patched one with "exact-flat".
+
+    They say neither tokens nor model nor weights, and have no checksum: the tokens are those of the reply, the model is
+    the one of `facts`, and the weights are those that the reply's meta_info names.
+
+    start: the request's routed_experts_start_len; the trace then holds the tokens from there on.
+    aborted: whether a request that was aborted is an error, or gives the routes of what it computed until then.
 
     Raises:
         CaptureError: No routes, or ones that do not fit the tokens or the model.
         TraceError: A row repeats an expert.
     """
-    check_finished(reply, place)
+    check_finished(reply, place, aborted=aborted)
     info = info_of(reply, place)
     versions = info.get("weight_versions")
     if versions is None:
@@ -160,6 +172,7 @@ def trace_from_native_reply(
         facts=facts,
         weight_versions=versions,
         place=place,
+        start=start,
     )
 
 
@@ -171,13 +184,16 @@ def decode_native(
     facts: ModelFacts,
     weight_versions: str | Sequence[Mapping[str, Any]] = "default",
     place: str = "payload",
+    start: int = 0,
 ) -> RoutingTrace:
-    """Decode SGLang's own payload: int32 [S - 1, L, K], nothing in it says what it belongs to.
+    """Decode SGLang's own payload: int32 [S - 1 - start, L, K], nothing in it says what it belongs to.
 
     payload: the bytes, or their base64.
     token_ids: prompt and output.
     weight_versions: one name for all rows, or meta_info's spans {"version", "start", "end"}, which count output
         tokens. The row of a prompt token gets the first span's version, since SGLang does not tell.
+    start: position of the first token that has a row; the trace begins with it. A payload of a later one than the
+        last token has no row, as one of the last token.
 
     Raises:
         CaptureError: The size does not fit, an id is out of range, or a dense layer has routes.
@@ -186,11 +202,12 @@ def decode_native(
     Source: sglang@0.5.20: srt/state_capturer/routed_experts.py, srt/utils/weight_versions.py
     """
     data = from_base64(payload, place)
-    shape = (len(token_ids) - 1, facts.num_layers, facts.topk)
+    start = min(check_whole("start", start, 0, error=CaptureError), len(token_ids) - 1)
+    shape = (len(token_ids) - 1 - start, facts.num_layers, facts.topk)
     if len(data) != 4 * shape[0] * shape[1] * shape[2]:
         raise CaptureError(
             f"{place}: payload of {len(data)} bytes != {4 * shape[0] * shape[1] * shape[2]} of int32 {list(shape)}"
-            " (tokens - 1, decoder layers, topk)"
+            f" (tokens - 1{f' - start {start}' if start else ''}, decoder layers, topk)"
         )
     routes = np.frombuffer(data, dtype="<i4").reshape(shape)
     return trace_of_rows(
@@ -200,6 +217,7 @@ def decode_native(
         facts=facts,
         weight_versions=weight_versions,
         place=place,
+        start=start,
     )
 
 
@@ -211,17 +229,18 @@ def trace_of_rows(
     facts: ModelFacts,
     weight_versions: str | Sequence[Mapping[str, Any]],
     place: str,
+    start: int = 0,
 ) -> RoutingTrace:
-    """Make a trace of routes [S - 1, L, K], of any integer type, of all decoder layers; see decode_native."""
-    _check_native(routes, facts, place)
-    topk_ids = np.zeros((len(token_ids), len(facts.layer_ids), facts.topk), ids_dtype(facts.num_experts))
+    """Make a trace of routes [S - 1 - start, L, K], of any integer type, of all decoder layers; see decode_native."""
+    _check_native(routes, facts, place, start)
+    topk_ids = np.zeros((len(routes) + 1, len(facts.layer_ids), facts.topk), ids_dtype(facts.num_experts))
     topk_ids[:-1] = routes[:, list(facts.layer_ids)]
     version_ids, names = version_rows(weight_versions, num_prompt_tokens, len(token_ids), place)
     try:
         return RoutingTrace(
             topk_ids=topk_ids,
-            token_ids=np.asarray(token_ids, np.int32),
-            version_ids=version_ids,
+            token_ids=np.asarray(token_ids[start:], np.int32),
+            version_ids=version_ids[start:],
             layer_ids=np.asarray(facts.layer_ids, np.int32),
             num_experts=facts.num_experts,
             weight_versions=names,
@@ -270,12 +289,12 @@ def _check_model(trace: RoutingTrace, facts: ModelFacts, place: str) -> None:
             raise CaptureError(f"{place}: routes of {name} {have} != {want} of the model")
 
 
-def _check_native(routes: npt.NDArray[np.int32], facts: ModelFacts, place: str) -> None:
+def _check_native(routes: npt.NDArray[np.int32], facts: ModelFacts, place: str, start: int) -> None:
     bad = np.argwhere((routes < 0) | (routes >= facts.num_experts))
     if len(bad):
         token, layer, column = bad[0]
         raise CaptureError(
-            f"{place}: expert {routes[token, layer, column]} at token {token}, layer {layer} "
+            f"{place}: expert {routes[token, layer, column]} at token {start + token}, layer {layer} "
             f"outside 0 to num_experts ({facts.num_experts}) - 1"
         )
     dense = sorted(set(range(facts.num_layers)) - set(facts.layer_ids))

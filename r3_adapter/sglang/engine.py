@@ -256,7 +256,7 @@ class Engine:
         """
         check_choice("recomputed", recomputed, Recomputed, CaptureError)
         replies = self.replies(prompts, sampling_params, **options)
-        native = self.settings.routed_experts_format == "flat"
+        native = self.settings.is_flat
         return samples_of(
             replies, prompts, self.facts, native=native, recomputed=recomputed, sampling_params=sampling_params
         )

@@ -72,7 +72,7 @@ def samples_of(
 
     facts: the routers of the model, as ModelFacts.if_known reads them; None where they are not known: the routes' own
         layers and experts are then taken as they are.
-    native: the routes are in SGLang's own form, which needs facts.
+    native: the routes are in SGLang's own form, of format "flat" or "exact-flat", which needs facts.
     sampling_params: that the replies were asked with, for all prompts or one for each; samples keep the temperature.
     recomputed: what a request becomes that was retracted, so that its later tokens were sampled under other routes
         than its earlier ones. "raise": an error. "split": a sample for each of its computations, one after the other;

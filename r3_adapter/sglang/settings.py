@@ -9,7 +9,7 @@ from typing import Any, Literal
 from r3_adapter.errors import CaptureError, check_choice, check_whole, show
 from r3_adapter.sglang.perturb import Perturbation
 
-Format = Literal["safetensors", "flat"]
+Format = Literal["safetensors", "flat", "exact-flat"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class EngineSettings:
 
     tp_size, pp_size: tensor and pipeline parallel sizes of the engine.
     radix_cache: share the KV rows of common prefixes between requests.
-    routed_experts_format: "safetensors" needs the patched SGLang; "flat" is its own form.
-    shared_memory: hand the routes over in files below /dev/shm, which are mapped; needs the patched SGLang.
+    routed_experts_format: "safetensors" and "exact-flat" need the patched SGLang. "flat" is SGLang's own form, and
+        "exact-flat" is the same with the rows that "safetensors" has; see docs/capture.md for what it cannot say.
+    shared_memory: hand the routes over in files below /dev/shm, which are mapped; needs format "safetensors".
     max_total_tokens: size of the KV cache in tokens; None leaves it to SGLang, which takes most of the memory.
     max_running_requests: requests that are computed at once; None leaves it to SGLang.
     weight_version: the engine's name for the checkpoint's weights, which rows carry.
@@ -66,11 +67,20 @@ class EngineSettings:
         for name in ("dtype", "weight_version", "log_level"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise CaptureError(f"{name} {show(getattr(self, name))} is no word")
+        if self.shared_memory and self.is_flat:
+            raise CaptureError(
+                f"shared_memory with routed_experts_format {self.routed_experts_format!r}: only 'safetensors' has it"
+            )
         check_whole("random_seed", self.random_seed, error=CaptureError)
         for name in ("tp_size", "pp_size", "context_length", "max_total_tokens", "max_running_requests"):
             value = getattr(self, name)
             if value is not None or name in ("tp_size", "pp_size"):
                 check_whole(name, value, 1, error=CaptureError)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether replies have int32 ids of all decoder layers, and nothing that says what they belong to."""
+        return self.routed_experts_format != "safetensors"
 
     def engine_arguments(self, *, gpu: bool) -> dict[str, Any]:
         """Return the keyword arguments of sglang.Engine."""

@@ -44,11 +44,10 @@ def main(argv: Sequence[str]) -> int:
             text = json.dumps(replies, default=lambda payload: base64.b64encode(payload).decode())
             Path(f"{folder}.replies.json").write_text(text, encoding="utf-8")
             return 0
-        native = settings.routed_experts_format == "flat"
         recomputed = request.get("recomputed", "raise")
         params = request["sampling_params"]
         samples = samples_of(
-            replies, prompts, engine.facts, native=native, recomputed=recomputed, sampling_params=params
+            replies, prompts, engine.facts, native=settings.is_flat, recomputed=recomputed, sampling_params=params
         )
     save_samples(folder, samples)
     return 0

@@ -136,6 +136,30 @@ def test_a_native_payload_is_cut_to_the_moe_layers(as_text: bool) -> None:
     assert trace_from_native_reply(_reply(data), PROMPT, FACTS) == _trace()
 
 
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 9])
+def test_a_native_payload_may_start_later(start: int) -> None:
+    whole = trace_from_native_reply(_reply(_routes().tobytes(), weight_versions=CHANGED), PROMPT, FACTS)
+    reply = _reply(_routes()[start:].tobytes(), weight_versions=CHANGED)
+    trace = trace_from_native_reply(reply, PROMPT, FACTS, start=start)
+    assert trace == whole.rows(min(start, 4), 5)
+    for other in {0, 1, 3} - {start}:
+        with pytest.raises(CaptureError, match=rf"reply: payload of .* != .* of int32 \[{4 - other}, 4, 2\]"):
+            trace_from_native_reply(reply, PROMPT, FACTS, start=other)
+
+
+def test_an_error_of_a_later_start_names_the_token_of_the_sample() -> None:
+    reply = _reply(_damaged(2, 3, [1, 8])[2 * 4 * 2 * 4 :])
+    with pytest.raises(CaptureError, match="expert 8 at token 2, layer 3"):
+        trace_from_native_reply(reply, PROMPT, FACTS, start=2)
+
+
+def test_a_native_reply_of_an_aborted_request_is_read_if_asked_for() -> None:
+    reply = _reply(_routes().tobytes(), finish_reason={"type": "abort", "message": "gone"})
+    with pytest.raises(CaptureError, match=r"finish_reason .*abort"):
+        trace_from_native_reply(reply, PROMPT, FACTS)
+    assert trace_from_native_reply(reply, PROMPT, FACTS, aborted="keep") == _trace()
+
+
 def test_ids_beyond_a_byte_become_uint16() -> None:
     facts = ModelFacts(300, 2, (1, 3), 4)
     routes = _routes(num_experts=300)

@@ -42,6 +42,9 @@ def test_engine_arguments() -> None:
     # A released SGLang has no such argument; a CUDA graph would repeat one random draw.
     assert "routed_experts_format" not in flat.engine_arguments(gpu=True)
     assert flat.engine_arguments(gpu=True)["disable_cuda_graph"]
+    exact = EngineSettings("model", routed_experts_format="exact-flat")
+    assert exact.engine_arguments(gpu=True)["routed_experts_format"] == "exact-flat"
+    assert [each.is_flat for each in (settings, flat, exact)] == [False, True, True]
 
 
 def test_the_defaults_are_the_engines_own() -> None:
@@ -53,6 +56,10 @@ def test_the_defaults_are_the_engines_own() -> None:
     ("values", "message"),
     [
         ({"perturb": "0.2"}, "perturb '0.2' is no Perturbation; Perturbation.parse reads 'SEED:FRACTION'"),
+        (
+            {"shared_memory": True, "routed_experts_format": "exact-flat"},
+            "shared_memory with routed_experts_format 'exact-flat': only 'safetensors' has it",
+        ),
         ({"model_path": None}, "model_path None is no path of a folder"),
         ({"extra": 5}, "extra 5 is no mapping of SGLang's arguments"),
         ({"tp_size": 0}, "tp_size (0) < 1"),

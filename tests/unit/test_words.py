@@ -54,7 +54,11 @@ CALLS: list[tuple[str, str, Call]] = [
     ("qkv_format", "'sbhd', 'thd'", lambda word: Packing(word, (1,))),
     ("qkv_format", "'sbhd', 'thd'", lambda word: micro_batches([], ONE, 0, size=1, qkv_format=word, device=CPU)),
     ("pass", "'live', 'replay', 'train'", lambda word: score(Path(), [], ONE, passes=("live", word))),
-    ("routed_experts_format", "'safetensors', 'flat'", lambda word: EngineSettings("m", routed_experts_format=word)),
+    (
+        "routed_experts_format",
+        "'safetensors', 'flat', 'exact-flat'",
+        lambda word: EngineSettings("m", routed_experts_format=word),
+    ),
     ("missing", "'raise', 'keep'", lambda word: trace_from_reply(REPLY, [1], missing=word)),
     ("aborted", "'raise', 'keep'", lambda word: computations_from_reply(REPLY, [1], aborted=word)),
     ("aborted", "'raise', 'keep'", lambda word: check_finished(REPLY, "reply", aborted=word)),
