@@ -3,9 +3,9 @@
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,7 +32,8 @@ class Way:
     """How routers come by their experts, and dispatchers by the numbers of tokens.
 
     fused: moe_router_fusion. native: Megatron-core's own RouterReplay. given: routers are given experts, and with
-    live_rows not for all rows. plan: the numbers are planned from the routes.
+    live_rows not for all rows. plan: the numbers are planned from the routes. copied: ids lie in the host's memory and
+    are copied to the device in each call, as `prepare_step` copies those of all layers at once.
     """
 
     fused: bool = False
@@ -40,6 +41,7 @@ class Way:
     given: bool = False
     live_rows: bool = False
     plan: bool = False
+    copied: bool = False
 
 
 def ways_of(*, gpu: bool) -> dict[str, Way]:
@@ -113,18 +115,24 @@ class Ways:
         own = logits.detach().topk(self.topk, dim=1).indices
         native = self._replaying(self._natives[0], own)
 
+        ways = self._ways | {
+            f"{name}_copied": replace(self._ways[name], copied=True) for name in ("replay", "replay_live_rows")
+        }
+        ids = {way: self._lying(self._given(own, way), way) for way in ways.values()}
+
         def both(way: Way) -> tuple[torch.Tensor, ...]:
-            options: dict[str, Any] = {"routed_experts": self._given(own, way), "fused": way.fused}
+            given = ids[way].to(self.device, non_blocking=True) if way.copied else ids[way]
+            options: dict[str, Any] = {"routed_experts": given, "fused": way.fused}
             probs, routing_map = route(logits, self.topk, router_replay=native if way.native else None, **options)
             return routing_map, probs.detach(), *torch.autograd.grad(probs, logits, weight)
 
         want = both(Way())
-        for name, way in self._ways.items():
+        for name, way in ways.items():
             found = both(way)
             self.answers[f"router {num_tokens} {name}: map"] = torch.equal(found[0], want[0])
             for what, have, expected in (("probs", found[1], want[1]), ("gradient", found[2], want[2])):
                 self.answers[f"router {num_tokens} {name}: {what}"] = float((have - expected).abs().max())
-        return self._calls(both)
+        return self._calls(both, ways)
 
     def layer_calls(self) -> dict[str, Call]:
         """Return forward and backward of the first MoE layer on given hidden states."""
@@ -139,10 +147,11 @@ class Ways:
         own = maps[0]
         counts = torch.bincount(own.flatten(), minlength=self.num_experts).to(torch.int32).cpu()[None]
         self._replaying(self._natives[0], own)
+        ids = {way: self._given(own, way) for way in self._ways.values()}
 
         def both(way: Way) -> torch.Tensor:
             self._use(way)
-            given = self._given(own, way)
+            given = ids[way]
             arguments = {} if given is None else {"routed_experts": given}
             arguments |= {"routed_expert_counts": counts} if way.plan else {}
             output = mlp(hidden, **arguments)[0]
@@ -152,7 +161,7 @@ class Ways:
             return output.detach()  # type: ignore[no-any-return]
 
         self._compare("layer", both)
-        return self._calls(both)
+        return self._calls(both, self._ways)
 
     def step_calls(self) -> dict[str, Call]:
         """Return forward and backward of the model, where it replays with what `prepare_step` does on the host."""
@@ -181,10 +190,10 @@ class Ways:
             return loss.detach()  # type: ignore[no-any-return]
 
         self._compare("step", both)
-        return self._calls(both)
+        return self._calls(both, self._ways)
 
-    def _calls(self, both: Callable[[Way], Any]) -> dict[str, Call]:
-        return {name: lambda way=way: both(way) for name, way in self._ways.items()}  # type: ignore[misc]
+    def _calls(self, both: Callable[[Way], Any], ways: Mapping[str, Way]) -> dict[str, Call]:
+        return {name: lambda way=way: both(way) for name, way in ways.items()}  # type: ignore[misc]
 
     def _compare(self, part: str, both: Callable[[Way], torch.Tensor]) -> None:
         want = both(Way()).double()
@@ -214,6 +223,12 @@ class Ways:
         given = own.to(torch.int16)
         given[::_LIVE_EVERY] = -1
         return given
+
+    def _lying(self, given: torch.Tensor | None, way: Way) -> Any:
+        """Return ids, [T, K], where they lie before a call."""
+        if given is None or not way.copied:
+            return given
+        return given.cpu().pin_memory() if self.device.type == "cuda" else given.cpu()
 
     def _replaying(self, native: Any, ids: torch.Tensor) -> Any:
         from megatron.core.transformer.moe.router_replay import RouterReplayAction

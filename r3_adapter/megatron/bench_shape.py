@@ -23,7 +23,7 @@ from r3_adapter.megatron.bench_model import Ways, build_shape, hardware
 from r3_adapter.megatron.model import initialize
 from r3_adapter.megatron.timing import Call, Meter, in_turns
 
-_REPEATS: Mapping[str, int] = {"router": 7, "layer": 3, "step": 1}
+_REPEATS: Mapping[str, int] = {"router": 15, "layer": 3, "step": 1}
 """Timed calls of one way in one round, of which the median counts."""
 
 
@@ -53,23 +53,30 @@ def measure(meter: Meter, calls: Mapping[str, Call], *, rounds: int, part: str) 
     """
     launched: dict[str, list[float]] = {way: [] for way in calls}
     hidden: dict[str, list[float]] = {way: [] for way in calls}
+    host: dict[str, list[float]] = {way: [] for way in calls}
     for index, order in enumerate(in_turns(list(calls), rounds + 1)):
         for way in order:
             calls[way]()
             with_launches = [meter.launched(calls[way]) for _ in range(_REPEATS[part])]
             # A layer and a step wait for the device in between, so that their launches cannot be hidden.
-            alone = [meter.hidden(calls[way], max(with_launches)) for _ in with_launches] if part == "router" else []
+            alone, until = (
+                [timed(calls[way], max(with_launches)) for _ in with_launches] if part == "router" else []
+                for timed in (meter.hidden, meter.host)
+            )
             if index > 0:
                 launched[way].append(statistics.median(with_launches))
                 hidden[way] += [statistics.median(alone)] if alone else []
+                host[way] += [statistics.median(until)] if until else []
     found = {}
     for way, call in calls.items():
         work = meter.work(call)
         found[way] = {
             "with_launches_us": statistics.median(launched[way]),
             "device_us": statistics.median(hidden[way]) if hidden[way] else work.kernels_us,
+            "host_us": statistics.median(host[way]) if host[way] else None,
             **{f"over_{live}": _ratios(launched[way], launched[live]) for live in _lives(calls)},
             **{f"device_over_{live}": _ratios(hidden[way], hidden[live]) for live in _lives(calls) if hidden[way]},
+            **{f"host_over_{live}": _ratios(host[way], host[live]) for live in _lives(calls) if host[way]},
             **asdict(work),
         }
     return found

@@ -2,7 +2,8 @@
 
 On a GPU a call's kernels run behind the host. `Meter.launched` is the time of a host that is not ahead: the kernels
 and their launches. `Meter.hidden` is the device's own time: a kernel that sleeps goes ahead, while the host launches
-the rest. Without a GPU both are the time of the call.
+the rest. `Meter.host` is the host's own time, until the call returns, while the device sleeps. Without a GPU all are
+the time of the call.
 """
 
 import time
@@ -66,7 +67,20 @@ class Meter:
 
     def hidden(self, call: Call, launched: float) -> float:
         """Return a call's microseconds on the device alone; launched: those with launches, which must be hidden."""
-        return self._timed(call, cycles=min(int(3 * launched * _CYCLES_A_MICROSECOND), _MOST_CYCLES))
+        return self._timed(call, cycles=_cycles(launched))
+
+    def host(self, call: Call, launched: float) -> float:
+        """Return the microseconds until a call returns, which waits for nothing; launched: those with launches."""
+        if not self.gpu:
+            return self._timed(call, cycles=0)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_cycles(launched))  # type: ignore[no-untyped-call]
+        start = time.perf_counter()
+        kept = call()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize()
+        del kept
+        return seconds * 1e6
 
     def _timed(self, call: Call, *, cycles: int) -> float:
         if not self.gpu:
@@ -122,6 +136,11 @@ class Meter:
                 torch.cuda.set_sync_debug_mode("default")
         self.wait()
         return sum("synchronizing" in str(each.message) for each in seen)
+
+
+def _cycles(launched: float) -> int:
+    """Return for how long the device must sleep to hide launches; launched: microseconds with launches."""
+    return min(int(3 * launched * _CYCLES_A_MICROSECOND), _MOST_CYCLES)
 
 
 def _longest(times: Mapping[str, float], most: int = 8) -> dict[str, float]:

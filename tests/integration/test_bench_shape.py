@@ -24,12 +24,14 @@ def test_all_parts_of_a_tiny_shape(tmp_path: Path) -> None:
     assert {"hardware", "versions", "router 32", "router 128", "layer", "step"} <= found.keys()
     assert found["left_out"].keys() == {"live_fused"}
     for part in ("router 32", "router 128", "layer", "step"):
-        assert found[part].keys() == {
+        copied = {"replay_copied", "replay_live_rows_copied"} if part.startswith("router") else set()
+        assert found[part].keys() == copied | {
             *("live", "live_again", "native", "replay", "replay_unplanned", "replay_live_rows")
         }
         for ways in found[part].values():
             assert ways["with_launches_us"] > 0
             assert ways["launches"] > 0
+            assert (ways["host_us"] is not None) == part.startswith("router")
         assert found[part]["live"]["over_live"]["median"] == 1
     # Where all rows are given, no top-k is computed.
     assert "aten::topk" in found["router 128"]["live"]["longest"]
@@ -38,7 +40,8 @@ def test_all_parts_of_a_tiny_shape(tmp_path: Path) -> None:
     assert [what for what, same in answers.items() if same is False] == []
     # float32: the bits of live routing in all parts.
     assert {answers[f"{part} replay: relative to live"] for part in ("layer", "step")} == {0.0}
-    assert {answers[f"router 128 replay: {what}"] for what in ("probs", "gradient")} == {0.0}
+    for way in ("replay", "replay_copied"):
+        assert {answers[f"router 128 {way}: {what}"] for what in ("probs", "gradient")} == {0.0}
 
 
 @pytest.mark.parametrize(
