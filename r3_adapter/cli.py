@@ -75,6 +75,8 @@ def add_prove(subparsers: "Subparsers") -> None:
     parser.add_argument("--dispatcher", choices=("alltoall", "allgather"), default="alltoall")
     parser.add_argument("--recompute", choices=("none", "full", "moe"), default="none")
     parser.add_argument("--qkv-format", choices=("sbhd", "thd"), default="sbhd", help="padded batch, or packed")
+    text = "how context parallelism cuts: two chunks of each sample a rank, or one interval"
+    parser.add_argument("--cp-cut", choices=("zigzag", "contiguous"), default="zigzag", help=text)
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument(
         "--dispatch-plan",
@@ -253,6 +255,7 @@ def _prove(args: argparse.Namespace) -> int:
         dispatcher=args.dispatcher,
         recompute=args.recompute,
         qkv_format=args.qkv_format,
+        cp_cut=args.cp_cut,
         distributed_optimizer=args.distributed_optimizer,
         dispatch_plan=args.dispatch_plan,
         attach=args.backend or ("auto" if args.attach else None),

@@ -7,17 +7,23 @@ t: tokens of a rank, s / cp in a padded batch.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+from r3_adapter.layout import CpCut
 
 
 class LocalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention of this rank's queries over the keys of all context-parallel ranks."""
+
+    cp_cut: CpCut = "zigzag"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         alone = copy.copy(config)
@@ -44,7 +50,8 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
             padded = packed_seq_params.cu_seqlens_q_padded
             rooms = (packed_seq_params.cu_seqlens_q if padded is None else padded).diff().tolist()
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        places = [_places(rooms, group.size(), rank).to(query.device) for rank in range(group.size())]
+        places = [_places(rooms, group.size(), rank, self.cp_cut).to(query.device) for rank in range(group.size())]
+        query, key = self.positioned(query, key, places[group.rank()][:, 1], max(rooms))
         own, everybody = places[group.rank()][:, None], torch.cat(places)[None]
         masked = (own[..., 0] != everybody[..., 0]) | (own[..., 1] < everybody[..., 1])
         if self.window is not None:
@@ -53,17 +60,46 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         out: torch.Tensor = super().forward(query, key, value, masked[None, None], **kwargs)
         return out
 
+    def positioned(
+        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, longest: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries and keys as they come, turned already. positions: [t], below `longest`."""
+        return query, key
 
-def _places(rooms: Iterable[int], cp_size: int, cp_rank: int) -> torch.Tensor:
+
+def contiguous_attention(rotary_base: float) -> type[LocalAttention]:
+    """Return the attention for a contiguous cut, which turns queries and keys itself, by their own positions.
+
+    The model must have no position embedding: Megatron cuts its rotary one in zigzag.
+    """
+
+    class ContiguousAttention(LocalAttention):
+        cp_cut = "contiguous"
+
+        def positioned(
+            self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, longest: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Return queries and keys turned by the angles of their positions."""
+            rotary = RotaryEmbedding(query.shape[-1], rotary_percent=1.0, rotary_base=rotary_base)
+            angles = rotary.get_emb(longest)[positions]
+            return _apply_rotary_pos_emb_bshd(query, angles), _apply_rotary_pos_emb_bshd(key, angles)
+
+    return ContiguousAttention
+
+
+def _places(rooms: Sequence[int], cp_size: int, cp_rank: int, cp_cut: CpCut) -> torch.Tensor:
     """Return [t, 2] the sequence and position of each token of a rank: two chunks of each sequence, one from each end.
+
+    Of a contiguous cut, an interval of all sequences one after the other.
 
     Source: megatron/core/utils.py@0.16.1:get_batch_on_this_cp_rank
     """
     parts = []
     for sequence, room in enumerate(rooms):
         positions = torch.arange(room)
-        if cp_size > 1:
+        if cp_size > 1 and cp_cut == "zigzag":
             chunks = positions.chunk(2 * cp_size)
             positions = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
         parts.append(torch.stack([torch.full_like(positions, sequence), positions], dim=1))
-    return torch.cat(parts)
+    places = torch.cat(parts)
+    return places.chunk(cp_size)[cp_rank] if cp_cut == "contiguous" else places

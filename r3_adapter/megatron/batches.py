@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from r3_adapter.errors import LayoutError, check_choice
-from r3_adapter.layout import Packing, ParallelLayout, QkvFormat, local_segments
+from r3_adapter.layout import CpCut, Packing, ParallelLayout, QkvFormat, local_segments
 from r3_adapter.reference import tokens_of_cp_rank
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
@@ -73,26 +73,27 @@ def micro_batches(
     size: int,
     qkv_format: QkvFormat,
     device: torch.device,
+    cp_cut: CpCut = "zigzag",
 ) -> list[MicroBatch]:
     """Share samples out over the data-parallel ranks, and build this rank's micro-batches of `size` samples each.
 
     Padded batches all have one sequence length; packed ones have as many tokens as their samples need.
 
     Raises:
-        LayoutError: samples that cannot be shared out evenly, or a format that is not known.
+        LayoutError: samples that cannot be shared out evenly, or a format or cut that is not known.
     """
     check_choice("qkv_format", qkv_format, QkvFormat, LayoutError)
     coords = layout.coords(rank)
     if len(samples) % (size * layout.dp):
         raise LayoutError(f"{len(samples)} samples are not a multiple of micro-batch ({size}) x dp ({layout.dp})")
-    rooms = [packed_room(sample.trace.num_tokens, layout) for sample in samples]
+    longest = max((packed_room(sample.trace.num_tokens, layout) for sample in samples), default=0)
     batches = []
     for start in range(coords.dp_rank * size, len(samples), size * layout.dp):
         chosen = range(start, start + size)
         if qkv_format == "thd":
-            packing = Packing.packed(np.cumsum([0, *(rooms[i] for i in chosen)]))
+            packing = _packed([samples[i] for i in chosen], layout, cp_cut)
         else:
-            packing = Packing.padded(size, max(rooms))
+            packing = Packing.padded(size, longest, cp_cut=cp_cut)
         # The oracle's order of tokens, not that of the code which is to be proved.
         places = np.array(tokens_of_cp_rank(packing, layout.cp, coords.cp_rank), np.int64).swapaxes(0, 1)
         if qkv_format == "thd":
@@ -108,6 +109,7 @@ def packed_micro_batch(
     device: torch.device,
     *,
     seq_length: int | None = None,
+    cp_cut: CpCut = "zigzag",
 ) -> MicroBatch:
     """Build a packed micro-batch of all the samples, as the rank's context-parallel share of it.
 
@@ -116,12 +118,7 @@ def packed_micro_batch(
     Raises:
         LayoutError: samples that need more.
     """
-    rooms = [packed_room(sample.trace.num_tokens, layout) for sample in samples]
-    if seq_length is not None:
-        if (needed := sum(rooms)) > seq_length:
-            raise LayoutError(f"{len(samples)} samples, padded: {needed} tokens > sequence length ({seq_length})")
-        rooms[-1] += seq_length - needed
-    packing = Packing.packed(np.cumsum([0, *rooms]))
+    packing = _packed(samples, layout, cp_cut, seq_length)
     places = packed_places(packing, layout.cp, layout.coords(rank).cp_rank)
     return _build(samples, range(len(samples)), packing, places, device)
 
@@ -129,6 +126,21 @@ def packed_micro_batch(
 def packed_room(num_tokens: int, layout: ParallelLayout) -> int:
     """Return what a sample takes of a packed micro-batch; its last token is not fed."""
     return _round_up(num_tokens - 1, 2 * layout.tp * layout.cp)
+
+
+def _packed(samples: Sequence[Sample], layout: ParallelLayout, cp_cut: CpCut, seq_length: int | None = None) -> Packing:
+    """Return the packing of samples whose last tokens are not fed; only a zigzag wants padding in each of them."""
+    lengths = [sample.trace.num_tokens for sample in samples]
+    if cp_cut == "zigzag":
+        rooms = [packed_room(length, layout) for length in lengths]
+    else:
+        rooms = [length - 1 for length in lengths]
+        rooms[-1] += -sum(rooms) % (layout.tp * layout.cp)
+    if seq_length is not None:
+        if (needed := sum(rooms)) > seq_length:
+            raise LayoutError(f"{len(samples)} samples, padded: {needed} tokens > sequence length ({seq_length})")
+        rooms[-1] += seq_length - needed
+    return Packing.packed(np.cumsum([0, *rooms]), cp_cut=cp_cut)
 
 
 def packed_places(packing: Packing, cp: int, cp_rank: int) -> npt.NDArray[np.int64]:

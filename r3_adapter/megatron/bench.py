@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
         rank,
         size=options.micro_batch_size,
         qkv_format=options.qkv_format,
+        cp_cut=options.cp_cut,
         device=device,
     )
     inputs = [StepInput(each.traces, each.tokens, each.packing) for each in batches]

@@ -90,6 +90,7 @@ def build_model(folder: Path, layout: ParallelLayout, options: TrainerOptions) -
         "max_sequence_length": hf["max_position_embeddings"],
         "rotary_base": rope_of(hf)["rope_theta"],
         "tied": hf["tie_word_embeddings"],
+        "contiguous": options.cp_cut == "contiguous" and layout.cp > 1,
     }
     vp_stages = range(layout.vpp) if layout.vpp > 1 else [None]
     chunks = [build_chunk(config, vp_stage=vp_stage, **shape) for vp_stage in vp_stages]
@@ -99,19 +100,30 @@ def build_model(folder: Path, layout: ParallelLayout, options: TrainerOptions) -
 
 
 def build_chunk(
-    config: Any, *, vocab_size: int, max_sequence_length: int, rotary_base: int, tied: bool, vp_stage: int | None
+    config: Any,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    rotary_base: int,
+    tied: bool,
+    vp_stage: int | None,
+    contiguous: bool = False,
 ) -> torch.nn.Module:
-    """Build a model chunk of this rank; config: Megatron's TransformerConfig."""
+    """Build a model chunk of this rank.
+
+    config: Megatron's TransformerConfig. contiguous: for micro-batches that context parallelism cuts contiguously.
+    """
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=HAVE_TE, vp_stage=vp_stage)
-    if not HAVE_TE:
-        from r3_adapter.megatron.attention import LocalAttention
+    if contiguous or not HAVE_TE:
+        from r3_adapter.megatron.attention import LocalAttention, contiguous_attention
 
+        attention = contiguous_attention(rotary_base) if contiguous else LocalAttention
         for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = LocalAttention
+            layer.submodules.self_attention.submodules.core_attention = attention
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -119,7 +131,8 @@ def build_chunk(
         max_sequence_length=max_sequence_length,
         pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        position_embedding_type="rope",
+        # Megatron's rotary embedding is cut in zigzag, so the other attention turns queries and keys itself.
+        position_embedding_type="none" if contiguous else "rope",
         rotary_base=rotary_base,
         share_embeddings_and_output_weights=tied,
         vp_stage=vp_stage,

@@ -224,8 +224,9 @@ class PolicyTrainer:
         return [each.optimizer for each in chained if each.optimizer is not None]
 
     def _batches(self, micro_batches: Sequence[Sequence[Item]]) -> list[MicroBatch]:
+        cp_cut = self.options.trainer.cp_cut
         return [
-            packed_micro_batch([item.sample for item in items], self.layout, self.rank, self.device)
+            packed_micro_batch([item.sample for item in items], self.layout, self.rank, self.device, cp_cut=cp_cut)
             for items in micro_batches
         ]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from r3_adapter.errors import ReplayError, check_choice
-from r3_adapter.layout import QkvFormat
+from r3_adapter.layout import CpCut, QkvFormat
 
 Recompute = Literal["none", "full", "moe"]
 Dispatcher = Literal["alltoall", "allgather"]
@@ -21,6 +21,7 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 class TrainerOptions:
     """How the trainer runs, apart from its layout.
 
+    cp_cut: how context parallelism cuts; "contiguous" comes with an attention of its own, which keeps all scores.
     micro_batch_size: samples in a forward pass of a data-parallel rank.
     dispatch_plan: exchange token counts once a step, where all rows have routes, and not in each MoE layer.
     attach: the back end by which hooks on the model hand it its routes; None to hand them over as an argument.
@@ -29,12 +30,13 @@ class TrainerOptions:
     megatron_arguments: more fields of TransformerConfig, which win over what the checkpoint and these options say.
 
     Raises:
-        ReplayError: a dispatcher, a recomputation, a format or a back end that is not known.
+        ReplayError: a dispatcher, a recomputation, a format, a cut or a back end that is not known.
     """
 
     dispatcher: Dispatcher = "alltoall"
     recompute: Recompute = "none"
     qkv_format: QkvFormat = "sbhd"
+    cp_cut: CpCut = "zigzag"
     micro_batch_size: int = 2
     distributed_optimizer: bool = False
     dispatch_plan: bool = True
@@ -46,6 +48,7 @@ class TrainerOptions:
         check_choice("dispatcher", self.dispatcher, Dispatcher, ReplayError)
         check_choice("recompute", self.recompute, Recompute, ReplayError)
         check_choice("qkv_format", self.qkv_format, QkvFormat, ReplayError)
+        check_choice("cp_cut", self.cp_cut, CpCut, ReplayError)
         if self.attach is not None:
             check_choice("attach", self.attach, Backend, ReplayError)
 

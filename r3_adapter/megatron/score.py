@@ -44,7 +44,13 @@ def main(argv: Sequence[str]) -> None:
     attached = None if options.attach is None else attach(chunks, options.attach)
     samples = load_samples(Path(request.samples))
     batches = micro_batches(
-        samples, layout, rank, size=options.micro_batch_size, qkv_format=options.qkv_format, device=device
+        samples,
+        layout,
+        rank,
+        size=options.micro_batch_size,
+        qkv_format=options.qkv_format,
+        device=device,
+        cp_cut=options.cp_cut,
     )
     first_of_tp, out = layout.coords(rank).tp_rank == 0, Path(request.out)
     for name in request.passes:

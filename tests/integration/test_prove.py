@@ -71,6 +71,11 @@ LAYOUTS: Mapping[str, Case] = {
     ),
     "cp 2, recompute full": ({"cp": 2}, {"recompute": "full"}),
     "cp 2, tp 2, ep 2, packed": ({"cp": 2, "tp": 2, "ep": 2, "etp": 1}, {"qkv_format": "thd"}),
+    "cp 2, contiguous": ({"cp": 2}, {"cp_cut": "contiguous"}),
+    "cp 2, tp 2, ep 2, packed, contiguous, recompute full": (
+        {"cp": 2, "tp": 2, "ep": 2, "etp": 1},
+        {"qkv_format": "thd", "cp_cut": "contiguous", "recompute": "full"},
+    ),
     "dp 2, packed": ({"dp": 2}, {"qkv_format": "thd", "distributed_optimizer": True}),
     "pp 2, ep 2, packed, recompute full, attached": (
         {"pp": 2, "ep": 2},

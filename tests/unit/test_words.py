@@ -23,6 +23,7 @@ from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.trainer import score
 from r3_adapter.prove import damage, prove
 from r3_adapter.ray.batch import items_of
+from r3_adapter.repack import repack
 from r3_adapter.rl.losses import Objective
 from r3_adapter.sglang.capture import check_finished, computations_from_reply, trace_from_reply
 from r3_adapter.sglang.engine import generate_over_http, rollout_in_subprocess, samples_of
@@ -32,6 +33,7 @@ from r3_adapter.tiny import write_checkpoint
 
 PACKAGE = Path(errors.__file__).parent
 ONE, CPU = ParallelLayout(), torch.device("cpu")
+PACKED = Packing("thd", (1,))
 FACTS = ModelFacts(num_layers=1, layer_ids=(0,), num_experts=4, topk=1)
 SETTINGS = EngineSettings(model_path="/nonexist")
 REPLY: dict[str, Any] = {"meta_info": {"finish_reason": {"type": "abort"}}, "output_ids": [1]}
@@ -52,6 +54,14 @@ CALLS: list[tuple[str, str, Call]] = [
     ("recompute", "'none', 'full', 'moe'", lambda word: TrainerOptions(recompute=word)),
     ("qkv_format", "'sbhd', 'thd'", lambda word: TrainerOptions(qkv_format=word)),
     ("qkv_format", "'sbhd', 'thd'", lambda word: Packing(word, (1,))),
+    ("cp_cut", "'zigzag', 'contiguous'", lambda word: TrainerOptions(cp_cut=word)),
+    ("cp_cut", "'zigzag', 'contiguous'", lambda word: Packing("thd", (1,), word)),
+    ("last_row", "'live', 'balanced'", lambda word: prepare(None, [], None, last_row=word, layout=ONE)),  # type: ignore[arg-type]
+    (
+        "last_row",
+        "'live', 'balanced'",
+        lambda word: repack([], Packing("thd", (1,)), ONE, 0, layer_ids=[], last_row=word),
+    ),
     ("qkv_format", "'sbhd', 'thd'", lambda word: micro_batches([], ONE, 0, size=1, qkv_format=word, device=CPU)),
     ("pass", "'live', 'replay', 'train'", lambda word: score(Path(), [], ONE, passes=("live", word))),
     (
@@ -125,6 +135,7 @@ def test_flags_take_the_same_words() -> None:
         "dispatcher": lambda word: TrainerOptions(dispatcher=word),
         "recompute": lambda word: TrainerOptions(recompute=word),
         "qkv_format": lambda word: TrainerOptions(qkv_format=word),
+        "cp_cut": lambda word: TrainerOptions(cp_cut=word),
     }
     for name, call in calls.items():
         for word in choices[name] or [None]:
