@@ -67,6 +67,11 @@ class RankRoutes:
         return self._counts
 
     @property
+    def num_interleaved(self) -> int:
+        """Number of samples whose tokens take turns in the rows: b of a padded batch, 1 of a packed one."""
+        return int(self.segments[0, 4]) if len(self.segments) else 1
+
+    @property
     def num_replayed(self) -> int:
         """Number of rows with a route."""
         return int(np.count_nonzero(self.row_versions >= 0))

@@ -11,6 +11,7 @@ import torch
 from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.dispatch import COUNTS
 from r3_adapter.megatron.feeding import FEEDS, AuxLosses, Channel, Feed, Outside
+from r3_adapter.megatron.inputs import check_order
 from r3_adapter.megatron.reach import ARGUMENT, forget
 from r3_adapter.megatron.replay import ReplayBatch, check_chunks, moe_layers, moe_routers, unwrapped
 from r3_adapter.megatron.request import Backend
@@ -178,8 +179,11 @@ def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
 
     def hand_over(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         _refuse_explicit(feed, kwargs)
-        batch = feed.take()
-        return None if batch is None else (args, {**kwargs, **batch.model_arguments})
+        place, batch = feed.place(), feed.take()
+        if batch is None:
+            return None
+        check_order(place, args[0] if args else kwargs.get("input_ids"), batch.routes)
+        return args, {**kwargs, **batch.model_arguments}
 
     undo: list[Callable[[], object]] = [
         model.register_forward_pre_hook(hand_over, prepend=True, with_kwargs=True).remove
@@ -190,9 +194,13 @@ def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
 
         @wraps(plan)
         def planned(*args: Any, **kwargs: Any) -> Any:
-            _refuse_explicit(feed, signature.bind_partial(*args, **kwargs).arguments)
-            batch = feed.take()
-            return plan(*args, **kwargs, **({} if batch is None else batch.model_arguments))
+            arguments = signature.bind_partial(*args, **kwargs).arguments
+            _refuse_explicit(feed, arguments)
+            place, batch = feed.place(), feed.take()
+            if batch is None:
+                return plan(*args, **kwargs)
+            check_order(place, arguments.get("input_ids"), batch.routes)
+            return plan(*args, **kwargs, **batch.model_arguments)
 
         undo.append(_replaced(model, _PLAN, planned))
     return undo

@@ -12,6 +12,7 @@ import torch
 
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.repack import RankRoutes
 from r3_adapter.trace import RoutingTrace
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -72,27 +73,69 @@ def check_shape(tokens: torch.Tensor, packing: Packing, cp: int) -> None:
         raise LayoutError(f"{names}: these tokens are not cut for context parallelism, of which there are {cp} ranks")
     if shape == want[::-1]:
         raise LayoutError(f"{names}: these tokens are [s, b]; replay takes input_ids, [b, s]")
+    if packing.qkv_format == "sbhd" and shape == (1, samples * want[1]):
+        raise LayoutError(
+            f"{names}: these tokens are sample by sample, b * s + i; the rows of a padded batch are s * b + i in "
+            "Megatron: give input_ids as the model gets it, or Packing.packed if it gets a packed batch"
+        )
+    if packing.qkv_format == "thd" and tokens.numel() == want[1]:
+        raise LayoutError(
+            f"{names}: these tokens are a padded batch of {shape[0]} samples, and its rows are s * b + i in Megatron, "
+            "not sample by sample: give Packing.padded"
+        )
     raise LayoutError(names)
+
+
+def check_order(place: str, input_ids: object, routes: RankRoutes) -> None:
+    """Refuse a forward pass whose rows are in another order than its routes: the numbers of rows may be the same.
+
+    input_ids: the first argument of GPTModel.forward, [b, s]; where there is another or none, nothing is known.
+
+    Raises:
+        ReplayError: Names both orders.
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or len(input_ids) == routes.num_interleaved:
+        return
+    b, want = len(input_ids), routes.num_interleaved
+    made = (
+        f"a padded batch of {want} samples, s * {want} + i" if want > 1 else "a packed batch [1, t], sample by sample"
+    )
+    raise ReplayError(
+        f"{place}: its input_ids are {tuple(input_ids.shape)}, so that Megatron's rows are s * {b} + i, and its routes "
+        f"are in the order of {made}: prepare them with the packing of what the model gets"
+    )
 
 
 def name_cut(
     traces: Sequence[RoutingTrace], tokens: npt.NDArray[Any], packing: Packing, layout: ParallelLayout, cp_rank: int
 ) -> str:
-    """Say how tokens that are not cut as the packing says are cut, if it is a way that is known; else an empty string.
+    """Say how tokens that do not lie as the packing says do lie, if it is a way that is known; else an empty string.
 
     tokens: [b, s / cp] or [1, t / cp].
     """
-    cp = layout.cp
-    if cp == 1:
+    cp, rows = layout.cp, [np.full(room, _NO_TOKEN, np.int64) for room in packing.rooms]
+    if len(traces) != len(rows) or any(len(row) < trace.num_tokens for row, trace in zip(rows, traces, strict=True)):
         return ""
-    rows = [np.full(room, _NO_TOKEN, np.int64) for room in packing.rooms]
     for row, trace in zip(rows, traces, strict=True):
         row[: trace.num_tokens] = trace.token_ids
-    for found, says in _cuts(rows, packing, cp, cp_rank):
-        real = found != _NO_TOKEN
-        if found.shape == tokens.shape and real.any() and np.array_equal(found[real], tokens[real]):
-            return f"these tokens are cut {says}; {_expected(packing, cp, cp_rank)}" if says else ""
+    own = _own_cut(rows, packing, cp)
+    if _same(tokens, mine := own(cp_rank)):
+        return ""
+    if _same(tokens, mine.T.reshape(mine.shape)):
+        return "these tokens lie in the order of Megatron's rows, s * b + i; replay takes input_ids, [b, s]"
+    for found, says in _other_cuts(rows, packing, cp, cp_rank) if cp > 1 else ():
+        if _same(tokens, found):
+            return f"these tokens are cut {says}; {_expected(packing, cp, cp_rank)}"
+    for other in range(cp):
+        if _same(tokens, own(other)):
+            return f"these tokens are cut for cp rank {other}; {_expected(packing, cp, cp_rank)}"
     return ""
+
+
+def _same(tokens: npt.NDArray[Any], found: npt.NDArray[np.int64]) -> bool:
+    """Tell whether tokens are those that were found, of which there are some; padding may be anything."""
+    real = found != _NO_TOKEN
+    return found.shape == tokens.shape and bool(real.any()) and np.array_equal(found[real], tokens[real])
 
 
 def _expected(packing: Packing, cp: int, cp_rank: int) -> str:
@@ -105,32 +148,45 @@ def _expected(packing: Packing, cp: int, cp_rank: int) -> str:
     return f"replay expects the packing's contiguous cut, where cp rank {cp_rank} of {cp} has part {cp_rank} of {whole}"
 
 
-def _cuts(
-    rows: Sequence[npt.NDArray[np.int64]], packing: Packing, cp: int, cp_rank: int
+def _joined(parts: Sequence[npt.NDArray[np.int64]], packing: Packing) -> npt.NDArray[np.int64]:
+    return np.stack(parts) if packing.qkv_format == "sbhd" else np.concatenate(parts)[None]
+
+
+def _stream(rows: list[npt.NDArray[np.int64]], packing: Packing) -> list[npt.NDArray[np.int64]]:
+    return rows if packing.qkv_format == "sbhd" else [np.concatenate(rows)]
+
+
+def _zigzag(rows: list[npt.NDArray[np.int64]], packing: Packing, cp: int, rank: int) -> npt.NDArray[np.int64]:
+    halves = [np.array_split(row, 2 * cp) for row in rows]
+    return _joined([np.concatenate([half[rank], half[2 * cp - 1 - rank]]) for half in halves], packing)
+
+
+def _interval(rows: list[npt.NDArray[np.int64]], packing: Packing, cp: int, rank: int) -> npt.NDArray[np.int64]:
+    return _joined([np.array_split(row, cp)[rank] for row in rows], packing)
+
+
+def _own_cut(rows: list[npt.NDArray[np.int64]], packing: Packing, cp: int) -> Callable[[int], npt.NDArray[np.int64]]:
+    """Return what gives a cp rank's tokens as the packing says."""
+    if cp == 1:
+        return lambda rank: _joined(rows, packing)
+    if packing.cp_cut == "zigzag":
+        return lambda rank: _zigzag(rows, packing, cp, rank)
+    return lambda rank: _interval(_stream(rows, packing), packing, cp, rank)
+
+
+def _other_cuts(
+    rows: list[npt.NDArray[np.int64]], packing: Packing, cp: int, cp_rank: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], str]]:
-    """Yield a rank's tokens in the ways of cutting them, with a name; the packing's own comes first and has none."""
-    join: Callable[[list[npt.NDArray[np.int64]]], npt.NDArray[np.int64]]
-    join = np.stack if packing.qkv_format == "sbhd" else lambda parts: np.concatenate(parts)[None]
-
-    def zigzag(rank: int) -> npt.NDArray[np.int64]:
-        halves = [np.array_split(row, 2 * cp) for row in rows]
-        return join([np.concatenate([half[rank], half[2 * cp - 1 - rank]]) for half in halves])
-
-    def interval(rank: int, parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-        return join([np.array_split(part, cp)[rank] for part in parts])
-
-    stream = rows if packing.qkv_format == "sbhd" else [np.concatenate(rows)]
-    own = zigzag if packing.cp_cut == "zigzag" else lambda rank: interval(rank, stream)
-    yield own(cp_rank), ""
-    if packing.cp_cut == "contiguous":
-        yield zigzag(cp_rank), "in Megatron's zigzag, two chunks of each sample"
-    yield interval(cp_rank, rows), "contiguously" if packing.cp_cut == "zigzag" else "contiguously, sample by sample"
+    """Yield a rank's tokens as other cuts than the packing's make them, with the cut's name."""
+    zigzag = packing.cp_cut == "zigzag"
+    if not zigzag:
+        yield _zigzag(rows, packing, cp, cp_rank), "in Megatron's zigzag, two chunks of each sample"
+    yield _interval(rows, packing, cp, cp_rank), "contiguously" if zigzag else "contiguously, sample by sample"
     if packing.qkv_format == "thd":
-        yield interval(cp_rank, stream), "contiguously, the packed stream as a whole"
-    yield join([row[cp_rank::cp] for row in rows]), "token by token in turns"
-    yield join([row[: len(row) // cp] for row in rows]), "for no rank, or for cp rank 0"
-    for other in range(cp):
-        yield own(other), f"for cp rank {other}"
+        whole = _interval(_stream(rows, packing), packing, cp, cp_rank)
+        yield whole, "contiguously, the packed stream as a whole"
+    yield _joined([row[cp_rank::cp] for row in rows], packing), "token by token in turns"
+    yield _joined([row[: len(row) // cp] for row in rows], packing), "for no rank, or for cp rank 0"
 
 
 def _a(value: object) -> str:

@@ -9,16 +9,19 @@ replaced later is seen by the next `prepare`, and all is done again. Nothing is 
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.feeding import FEEDS, Feed, feeds_of
+from r3_adapter.megatron.inputs import check_order
+from r3_adapter.repack import RankRoutes
 
 ARGUMENT = "routed_experts"
 _SELECT = "topk_routing_with_score_function"
@@ -38,6 +41,14 @@ class _Known:
 
 
 _KNOWN: "weakref.WeakKeyDictionary[torch.nn.Module, _Known]" = weakref.WeakKeyDictionary()
+
+_ROUTES: MutableMapping[torch.Tensor, RankRoutes] = WeakTensorKeyDictionary()
+"""What is known on the host of experts that were handed out, by their tensor."""
+
+
+def note_routes(routed_experts: torch.Tensor, routes: RankRoutes) -> None:
+    """Remember of which routes a tensor is, as long as there is that tensor, for the first pass that is handed it."""
+    _ROUTES[routed_experts] = routes
 
 
 def check_reach(chunk: torch.nn.Module, model: Any, routers: Mapping[int, Any]) -> None:
@@ -284,6 +295,8 @@ class _Watch:
             given = feed.given
         if given is None or self._given is not None:
             return
+        if (routes := _ROUTES.get(given)) is not None:
+            check_order(self._name, args[0] if args else kwargs.get("input_ids"), routes)
         self._given, self._used = given, [[] for _ in self._routers]
         for index, router in enumerate(self._routers.values()):
             self._on_routers.append(router.register_forward_hook(partial(self._note, index), with_kwargs=True))

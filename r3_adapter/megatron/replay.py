@@ -19,7 +19,7 @@ from r3_adapter.megatron.checks import check_layout, check_model
 from r3_adapter.megatron.dispatch import COUNTS, UNPLANNED, Plan, check_astray, plan_step, why_not_planned
 from r3_adapter.megatron.feeding import FEEDS, Channel
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
-from r3_adapter.megatron.reach import check_reach
+from r3_adapter.megatron.reach import check_reach, note_routes
 from r3_adapter.megatron.request import Backend
 from r3_adapter.repack import LIVE, LastRow, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
@@ -309,7 +309,7 @@ def prepare(
         )
     except R3Error as error:
         says = str(error).removeprefix(f"rank {rank}: ")
-        if isinstance(error, TraceError) and packing is not None and layout.cp > 1:
+        if isinstance(error, TraceError) and packing is not None:
             cut = name_cut(traces, tokens.cpu().numpy(), packing, layout, layout.coords(rank).cp_rank)
             says = f"{cut} ({says})" if cut else says
         raise type(error)(f"rank {rank}, {place}: {says}") from error
@@ -318,7 +318,9 @@ def prepare(
         routes.topk_ids[:, stale] = LIVE
         routes.row_versions[stale] = LIVE
     topk_ids = routes.topk_ids if routes.num_live else routes.topk_ids.view(np.uint16)
-    return ReplayBatch(torch.from_numpy(topk_ids).to(tokens.device), routes, int(stale.sum()), backend=channel)
+    routed_experts = torch.from_numpy(topk_ids).to(tokens.device)
+    note_routes(routed_experts, routes)
+    return ReplayBatch(routed_experts, routes, int(stale.sum()), backend=channel)
 
 
 def _channel(chunk: object, backend: Backend) -> Channel:

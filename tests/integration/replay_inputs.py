@@ -12,6 +12,7 @@ import torch
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.agreement import agree
 from r3_adapter.megatron.replay import StepInput, moe_routers, prepare, prepare_step
+from r3_adapter.repack import LastRow
 from r3_adapter.trace import ModelId, RoutingTrace
 
 SEQ, BATCH, LAYER_IDS = tiny.SEQ, tiny.BATCH, [1, 2, 3]
@@ -51,6 +52,22 @@ def use(chunk: Any = model, traces: Any = traces, tokens: Any = tokens, **option
     return lambda: prepare(chunk, traces, tokens, **options)
 
 
+def check_last_rows(last_row: LastRow, dtype: torch.dtype) -> None:
+    """Feed a last token without a route: only a live row makes the batch signed."""
+    fed = [without_last_route(each) for each in traces]
+    batch = prepare(model, fed, tokens, last_row=last_row)
+    assert batch.routed_experts.dtype == dtype
+    live, padding = (BATCH, 0) if last_row == "live" else (0, BATCH)
+    assert (batch.routes.num_live, batch.routes.num_padding) == (live, padding)
+
+
+def without_last_route(whole: RoutingTrace) -> RoutingTrace:
+    """Return a trace whose last token was sampled and not fed."""
+    ids, versions = whole.topk_ids.copy(), whole.version_ids.copy()
+    ids[-1], versions[-1] = 0, -1
+    return replace(whole, topk_ids=ids, version_ids=versions)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "right": use(),
     "packed": use(tokens=tokens.reshape(1, -1), packing=Packing.packed([0, SEQ, 2 * SEQ])),
@@ -69,6 +86,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "transposed": use(tokens=tokens.T),
     "fewer traces": use(traces=traces[:1]),
     "padded for packed": use(packing=Packing.packed([0, SEQ, 2 * SEQ])),
+    "packed for padded": use(tokens=tokens.reshape(1, -1), packing=Packing.padded(BATCH, SEQ)),
+    "order of rows": use(tokens=tokens.T.reshape(BATCH, SEQ)),
+    "last_row": use(last_row="padding"),
+    "last row live": lambda: check_last_rows("live", torch.int16),
+    "last row balanced": lambda: check_last_rows("balanced", torch.uint16),
     "lengths for packing": use(packing=[0, SEQ, 2 * SEQ]),
     "number for version": use(weight_version=3),
     "another token": use(tokens=tokens + (tokens == 5)),

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("replay_inputs.py")
 ZIGZAG = "replay expects Megatron's zigzag cut, where cp rank 0 of 2 has chunks 0 and 3 of 4 of each sample"
 PLACE = "rank 0, micro-batch: "
 FORMS = ("list", "tuple", "text", "text of a number", "number")
-RIGHT = ("right", "packed", "its model", "padded vocabulary", "right after all")
+RIGHT = ("right", "packed", "last row live", "last row balanced", "its model", "padded vocabulary", "right after all")
 RIGHT = (*RIGHT, *(f"moe_layer_freq, {form}" for form in FORMS))
 
 MESSAGES = {
@@ -36,7 +36,15 @@ MESSAGES = {
     "device": "ReplayError: tokens on meta != cpu, the model's device",
     "transposed": f"LayoutError: {PLACE}tokens (16, 2) != (2, 2), a cp rank's share of 2 samples",
     "fewer traces": f"LayoutError: {PLACE}tokens (2, 16) != (1, 16), a cp rank's share of 1 samples",
-    "padded for packed": f"LayoutError: {PLACE}tokens (2, 16) != (1, 32), a cp rank's share of 2 samples",
+    "padded for packed": f"LayoutError: {PLACE}tokens (2, 16) != (1, 32), a cp rank's share of 2 samples: "
+    "these tokens are a padded batch of 2 samples, and its rows are s * b + i in Megatron, not sample by sample: "
+    "give Packing.padded",
+    "packed for padded": f"LayoutError: {PLACE}tokens (1, 32) != (2, 16), a cp rank's share of 2 samples: "
+    "these tokens are sample by sample, b * s + i; the rows of a padded batch are s * b + i in Megatron: "
+    "give input_ids as the model gets it, or Packing.packed if it gets a packed batch",
+    "order of rows": f"TraceError: {PLACE}these tokens lie in the order of Megatron's rows, s * b + i; "
+    "replay takes input_ids, [b, s] (token (",
+    "last_row": "ReplayError: last_row 'padding' is none of 'live', 'balanced'",
     "lengths for packing": "ReplayError: packing: a list is not a Packing; see Packing.padded and Packing.packed",
     "number for version": "ReplayError: weight_version: 3 is not a string, as the engine's names are",
     "another token": f"TraceError: {PLACE}token (5) of the trace of sample 0 at position 5 != 6 "

@@ -94,6 +94,18 @@ def test_the_cut_that_is_expected_has_no_name(cp: int, rank: int, cp_cut: CpCut)
         assert name_cut(traces(), rows.T, packing, ParallelLayout(cp=cp), rank) == ""
 
 
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(cp=2)], ids=str)
+def test_tokens_in_the_order_of_rows_are_named(layout: ParallelLayout) -> None:
+    """As many tokens in a row of [b, s] as there are, but those of [s, b]."""
+    packing = Packing.padded(3, 24)
+    places = np.array(tokens_of_cp_rank(packing, layout.cp, 0))
+    rows = grid()[places[..., 0], places[..., 1]]
+    says = "these tokens lie in the order of Megatron's rows, s * b + i; replay takes input_ids, [b, s]"
+    assert name_cut(traces(), rows.reshape(3, -1), packing, layout, 0) == says
+    assert name_cut(traces()[:2], rows.reshape(3, -1), packing, layout, 0) == ""
+    assert name_cut(traces(), rows.reshape(3, -1), Packing.padded(3, 12), layout, 0) == ""
+
+
 @pytest.mark.parametrize(("cp", "rank"), CASES)
 def test_what_is_in_no_known_order_has_no_name(cp: int, rank: int) -> None:
     packing, layout = Packing.padded(3, 24), ParallelLayout(cp=cp)
