@@ -11,6 +11,7 @@ loaded when a GPU is present.
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,17 @@ def install() -> None:
         raise ReplayError(f"CPU support asked for, but {torch.cuda.device_count()} CUDA devices are present")
     if getattr(torch.cuda, "_r3_cpu_support", False):
         return
-    for answer in (_eager, _device, _factories, _moves, _streams, _tensor_type, _rng_state, _uneven_collectives):
+    for answer in (
+        _quiet,
+        _eager,
+        _device,
+        _factories,
+        _moves,
+        _streams,
+        _tensor_type,
+        _rng_state,
+        _uneven_collectives,
+    ):
         answer()
     for answer in (_rng_tracker, _missing_te_gemm, _split_sizes, _sequence_parallel_norm, _inference_layers):
         answer()
@@ -48,6 +59,12 @@ def install_training() -> None:
     install()
     for answer in (_barrier, _no_makefile, _architecture, _initialization):
         answer()
+
+
+def _quiet() -> None:
+    """That kernels for a GPU are missing is no news where there is none; Megatron says it of each at import."""
+    for says in (".*(Transformer Engine|Apex).* not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=says, category=UserWarning)
 
 
 def _eager() -> None:
