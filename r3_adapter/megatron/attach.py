@@ -54,6 +54,9 @@ def attach(
             raise ReplayError(f"chunk {index}: a {type(model).__name__} has no GPTModel inside, or several")
     channel = _chosen(backend, models)
     feeds = [_feed(index, chunk, channel, outside, aux_losses) for index, chunk in enumerate(chunks)]
+    # What was seen of them as they were.
+    for each in (*chunks, *models):
+        forget(each)
     return Attached(channel, models, feeds)
 
 

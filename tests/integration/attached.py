@@ -134,6 +134,9 @@ def same_bits(name: str, wrap: Callable[[Any], Any], options: dict[str, Any], li
     """Compare a loop's gradients through hooks with those of the argument, and say whether the model is left alone."""
     model = tiny.build(**options)
     chunk, before, micro_batches = wrap(model), state(model), inputs(live=live)
+    if takes_routes(model):
+        # What is seen of it then is forgotten.
+        prepare_step([model], micro_batches, layout=ParallelLayout())
     attached = attach([chunk], BACKEND)
     # A pass for log-probabilities first, as a loop makes them.
     for forward_only in (True, False):

@@ -10,6 +10,8 @@ from typing import Any
 import megatron_tiny as tiny
 import numpy as np
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer.moe import router as router_module
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
@@ -128,6 +130,24 @@ for recompute in ("none", "uniform"):
         hook.remove()
         told(f"around the output, recompute {recompute}", lambda inner=inner: inner[0].sum().backward())  # type: ignore[misc]
 
+
+def with_prediction() -> torch.nn.Module:
+    """Build a model with a layer of multi-token prediction, whose router Megatron lists with the others."""
+    config = tiny.build(mtp_num_layers=1, moe_enable_routing_replay=True).config
+    RouterReplay.clear_global_router_replay_instances()
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+    return GPTModel(config, spec, tiny.VOCAB, tiny.SEQ, position_embedding_type="rope", mtp_block_spec=mtp).train()
+
+
+model = with_prediction()
+(own,) = [module.router_replay for name, module in model.named_modules() if "mtp" in name and name.endswith(".router")]
+told("multi-token prediction", lambda: whole_step(model))
+said["its router is left alone"] = [
+    len(RouterReplay.global_router_replay_instances) == tiny.MOE_LAYERS + 1,
+    own in RouterReplay.global_router_replay_instances,
+    own.target_topk_idx is None,
+]
 select = router_module.topk_routing_with_score_function
 router_module.topk_routing_with_score_function = lambda *a, **k: select(*a, **{**k, "router_replay": None})
 told("selection drops it", lambda: whole_step(tiny.build()))

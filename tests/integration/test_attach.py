@@ -105,6 +105,8 @@ NATIVE = {
         f"ReplayError: {NEXT} 1: layer 2: its router works outside of the model's forward pass, and on gradients that "
         "did not come through the model's output"
     ),
+    "multi-token prediction": "done",
+    "its router is left alone": [True, True, True],
     "selection drops it": (
         "ReplayError: layer 1: TopKRouter used the experts given to it in 0 of 2 rows: something between its forward "
         "and topk_routing_with_score_function drops RouterReplay"
