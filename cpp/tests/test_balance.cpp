@@ -3,22 +3,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
+#include "check.hpp"
 #include "r3/composition.hpp"
 #include "r3/placement.hpp"
 #include "r3/random.hpp"
 
 namespace {
-
-void check(bool good, char const* what, int line) {
-  if (!good) {
-    std::fprintf(stderr, "line %d: %s\n", line, what);
-    std::exit(1);
-  }
-}
-#define CHECK(what) check((what), #what, __LINE__)
 
 void test_placement(std::size_t steps, std::size_t experts, std::size_t ranks, std::size_t groups) {
   std::size_t const layers = 3;

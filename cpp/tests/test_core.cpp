@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.hpp"
 #include "r3/collect.hpp"
 #include "r3/counts.hpp"
 #include "r3/repack.hpp"
@@ -16,14 +17,6 @@
 #include "r3/set_rows.hpp"
 
 namespace {
-
-void check(bool good, char const* what, int line) {
-  if (!good) {
-    std::fprintf(stderr, "line %d: %s\n", line, what);
-    std::exit(1);
-  }
-}
-#define CHECK(what) check((what), #what, __LINE__)
 
 template <class Action>
 std::string error_of(Action action) {
