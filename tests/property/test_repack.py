@@ -251,6 +251,24 @@ def test_padding_loads_experts_and_their_ranks_evenly(data):
             assert of_ranks.max() - of_ranks.min() <= 1
 
 
+@pytest.mark.parametrize("align", [16, 32, 128])
+@settings(max_examples=4)
+@given(data=st.data())
+def test_packed_samples_padded_for_fp8(align, data):
+    """Each sample's room, or only the stream with a tail of its own, is padded to what FP8 kernels want of a rank."""
+    layout = data.draw(st.sampled_from([x for x in LAYOUTS if x.world_size <= 8 and x.tp * x.cp > 1]))
+    case = make_case(data.draw, layout, num_experts=layout.ep * 2, topk=1)
+    whole, cp_cut = align * layout.tp * layout.cp * 2, data.draw(st.sampled_from(["zigzag", "contiguous"]))
+    lengths = [trace.num_tokens for trace in case.traces]
+    each = whole if data.draw(st.booleans()) else (2 * layout.cp if cp_cut == "zigzag" else 1)
+    rooms = [-(-length // each) * each for length in lengths]
+    tail, traces = -sum(rooms) % whole, [*case.traces, replace(case.traces[0].rows(0, 0), weight_versions=())]
+    packing = Packing.packed(np.cumsum([0, *rooms, tail]), cp_cut=cp_cut)
+    padded = case._replace(traces=traces, packing=packing)
+    check(padded)
+    assert all(shard.topk_ids.shape[1] % align == 0 for shard in padded.repack_all())
+
+
 def case_with_routes(draw):
     """Return a case with a token and all layers captured, and its shards."""
     case = make_case(draw, draw(st.sampled_from([x for x in LAYOUTS if x.world_size > 1])))
