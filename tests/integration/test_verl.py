@@ -1,6 +1,9 @@
-"""verl's own engine, on the CPU, with routes of a perturbed rollout; see verl_rank.py."""
+"""verl on the CPU with the plug-in: its engine and its SGLang server are real; see verl_rank.py and verl_server.py."""
 
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +14,8 @@ from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, save_samples
 
 pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +40,30 @@ def test_the_engine_replays_a_perturbed_rollout(
         timeout=300,
         each="rank",
     )
+
+
+def test_the_server_reads_replies_of_the_patched_engine(checkpoint: Path, site: ModuleType) -> None:
+    """Both of the ways in which verl itself would read a reply fail with this SGLang; rows are bound to tokens."""
+    script = str(Path(__file__).with_name("verl_server.py"))
+    run_together([[sys.executable, script, str(checkpoint)]], env=[site.verl_environment()], timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], r"megatron-core \S+\n.*plugin is loaded(?s:.*)would run:(?s:.*)verl.trainer.main_ppo"),
+        (["actor_rollout_ref.actor.megatron.router_replay.mode=R3"], r"router_replay.mode \('R3'\) != 'disabled'"),
+    ],
+    ids=["right", "verl's own replay"],
+)
+def test_the_launch_script_checks_a_command_line(more: list[str], says: str, site: ModuleType) -> None:
+    done = subprocess.run(
+        [ROOT / "launch" / "verl-qwen3-30b-a3b.sh", *more],
+        env={**os.environ, **site.verl_environment(), "DRY_RUN": "1", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode == 0) == (not more), done.stderr
+    assert re.search(says, done.stderr if more else done.stdout), done.stdout + done.stderr
