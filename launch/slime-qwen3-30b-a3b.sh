@@ -2,7 +2,7 @@
 # GRPO with routing replay on Qwen3-30B-A3B in slime 0.3.1 (docs/frameworks/slime.md), on one node of 8 GPUs with 80 GB.
 #
 #   DRY_RUN=1 launch/slime-qwen3-30b-a3b.sh                  # no GPU, no slime: checks the flags that replay needs, prints the command
-#   SLIME_DIR=/root/slime MEGATRON_DIR=/root/Megatron-LM launch/slime-qwen3-30b-a3b.sh
+#   SLIME_DIR=~/slime MEGATRON_DIR=~/Megatron-LM launch/slime-qwen3-30b-a3b.sh
 #
 # PYTHON is the interpreter that has slime, its patched SGLang and Megatron, and r3_adapter. Ray has to run already (`ray start --head`).
 # More of slime's flags may follow; they win over those below.
@@ -13,8 +13,8 @@ HF_CHECKPOINT=${HF_CHECKPOINT:-/models/Qwen3-30B-A3B}
 TORCH_DIST=${TORCH_DIST:-/models/Qwen3-30B-A3B_torch_dist} # made of it by slime's tools/convert_hf_to_torch_dist.py
 SAVE=${SAVE:-runs/slime-qwen3-30b-a3b}
 PROMPTS=${PROMPTS:-/data/dapo-math-17k.jsonl}
-SLIME_DIR=${SLIME_DIR:-/root/slime}
-MEGATRON_DIR=${MEGATRON_DIR:-/root/Megatron-LM}
+SLIME_DIR=${SLIME_DIR:-$HOME/slime}
+MEGATRON_DIR=${MEGATRON_DIR:-$HOME/Megatron-LM}
 ENGINES=${ENGINES:-$PWD/launch/configs/slime-engines.json}
 PYTHON=${PYTHON:-python3}
 
