@@ -113,6 +113,16 @@ def main(argv: list[str]) -> None:
     for metrics in said["steps"]:
         metrics["loss"] = float(metrics["loss"])
     said["twice"] = error(lambda: slime.init(args))
+    theirs = framework.get_batch
+
+    def spoilt(*call: Any) -> dict[str, Any]:
+        batch = theirs(*call)
+        batch["tokens"][0, 5] += rank
+        return dict(batch)
+
+    framework.get_batch = spoilt
+    said["another token on rank 1"] = error(scored)
+    framework.get_batch = theirs
     kept = data[ROUTES]
     if rank == 1:
         data[ROUTES] = [kept[1], kept[0], *kept[2:]]

@@ -38,5 +38,7 @@ def test_passes_replay_and_report(tmp_path: Path, checkpoint: Path, perturbed: l
         assert step["r3/live"] == step["r3/stale"] == 0 and step["r3/padding"] > 0
         assert 0.5 < step["r3/agreement"] < 0.99
     assert "forward_only: replay is on already" in said["twice"]
+    other = "ReplayError: rank 1: ReplayError: chunk 0, micro-batch 0: the model was given other tokens than its routes"
+    assert said["another token on rank 1"].startswith(other)
     assert "rank 1: LayoutError: rank 1, micro-batch 0: trace of" in said["two samples swapped on rank 1"]
     assert "rank 1: ReplayError: no rollout_routed_experts in the training data" in said["no routes on rank 1"]

@@ -7,6 +7,7 @@ import copy
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -108,3 +109,53 @@ def _bounds(batch: dict[str, Any]) -> list[int] | None:
     params = batch.get("packed_seq_params")
     bounds = batch.get("cu_seqlens") if params is None else params.cu_seqlens_q
     return None if bounds is None else bounds.tolist()
+
+
+class TokenCheck:
+    """Compares the tokens that each forward pass is given with those that its routes were prepared for.
+
+    A context: it looks at passes inside, and `raise_different` is called after it. Nothing waits for the device before.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], inputs: Sequence[StepInput]) -> None:
+        self._chunks, self._inputs = chunks, inputs
+        self._found = list[tuple[str, torch.Tensor]]()
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> "TokenCheck":
+        for index, chunk in enumerate(self._chunks):
+            hook = chunk.register_forward_pre_hook(self._comparison(index), with_kwargs=True)
+            self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def raise_different(self) -> None:
+        """Refuse passes of other tokens.
+
+        Raises:
+            ReplayError: Names chunk and micro-batch.
+        """
+        different = torch.stack([other for _, other in self._found]).tolist() if self._found else []
+        places = [place for (place, _), other in zip(self._found, different, strict=True) if other]
+        if places:
+            raise ReplayError(f"{places[0]}: the model was given other tokens than its routes were prepared for")
+
+    def _comparison(self, index: int) -> Any:
+        waiting = iter(enumerate(self._inputs))
+
+        def compare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            number, want = next(waiting, (len(self._inputs), None))
+            tokens = args[0] if args else kwargs.get("input_ids")
+            # A pass too many is another's to refuse.
+            if want is None or not isinstance(tokens, torch.Tensor):
+                return
+            place = f"chunk {index}, micro-batch {number}"
+            if tokens.shape != want.tokens.shape:
+                raise ReplayError(
+                    f"{place}: input_ids {tuple(tokens.shape)} != {tuple(want.tokens.shape)}, of the routes"
+                )
+            self._found.append((place, (tokens != want.tokens).any()))
+
+        return compare

@@ -16,7 +16,7 @@ import torch
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.frameworks.metrics import Counts, compare_live, k3_of_samples
-from r3_adapter.frameworks.slime.batches import step_inputs
+from r3_adapter.frameworks.slime.batches import TokenCheck, step_inputs
 from r3_adapter.frameworks.slime.rollout import loaded_framework, refuse_own_replay
 from r3_adapter.megatron.agreement import agreed
 from r3_adapter.megatron.attach import Attached, attach
@@ -63,9 +63,10 @@ class Passes:
         if getattr(function, "__name__", "") != _LOG_PROBS or call["store_prefix"]:
             return theirs()
         # It begins with the first micro-batch, wherever the iterator is.
-        attached, steps = self._steps(call, 0, sum(call["num_microbatches"]))
-        with attached.replaying(steps):
+        attached, steps, tokens = self._steps(call, 0, sum(call["num_microbatches"]))
+        with attached.replaying(steps), tokens:
             found = theirs()
+        agreed(tokens.raise_different)
         return {**found, **self._k3(call, found)}
 
     def train(self, theirs: Callable[[], Any], call: dict[str, Any]) -> Any:
@@ -74,10 +75,11 @@ class Passes:
 
         if call["args"].loss_type == "value_loss":
             return theirs()
-        attached, steps = self._steps(call, call["data_iterator"][0].offset, call["num_microbatches"])
+        attached, steps, tokens = self._steps(call, call["data_iterator"][0].offset, call["num_microbatches"])
         counts = Counts()
-        with attached.replaying(steps), compare_live(call["model"], steps, counts):
+        with attached.replaying(steps), tokens, compare_live(call["model"], steps, counts):
             found = theirs()
+        agreed(tokens.raise_different)
         last = ps.is_pipeline_last_stage(ignore_virtual=True)
         if last:
             counts.add_rows(steps[0])
@@ -86,7 +88,9 @@ class Passes:
             found[0].update(report)
         return found
 
-    def _steps(self, call: dict[str, Any], first: int, num: int) -> tuple[Attached, list[list[ReplayBatch]]]:
+    def _steps(
+        self, call: dict[str, Any], first: int, num: int
+    ) -> tuple[Attached, list[list[ReplayBatch]], TokenCheck]:
         model = call["model"]
         if self._attached is None or model is not self._model:
             if self._attached is not None:
@@ -94,7 +98,8 @@ class Passes:
             self._attached, self._model = attach(list(model), backend="auto"), model
             logger.info("Routing replay by r3_adapter, backend %s", self._attached.backend)
         inputs = agreed(lambda: step_inputs(call["data_iterator"][0], first, num, self._get_batch, call["args"]))
-        return self._attached, prepare_step(list(model), inputs, backend=self._attached.backend, last_row="balanced")
+        steps = prepare_step(list(model), inputs, backend=self._attached.backend, last_row="balanced")
+        return self._attached, steps, TokenCheck(model, inputs)
 
     def _k3(self, call: dict[str, Any], found: dict[str, Any]) -> dict[str, list[float]]:
         """Return the k3 of each sample, on the last pipeline stage; over context parallel ranks their mean is right."""
