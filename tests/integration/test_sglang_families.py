@@ -86,33 +86,38 @@ def write_family(folder: Path, family: Family) -> Path:
     return folder
 
 
+RUNS = ((GLM4, "safetensors"), (OLMOE, "safetensors"), (GLM4, "exact-flat"))
+Samples = dict[tuple[str, str], tuple[Path, list[Sample]]]
+
+
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Sample]]]:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     """Greedy samples of each family, of engines that run side by side."""
     folder = tmp_path_factory.mktemp("families")
     environment = sglang.environment_of(folder)
     prompts = sglang.make_prompts(0, [5, 40, 300])
-    commands, environments = [], []
-    for core, family in enumerate((GLM4, OLMOE)):
-        path = write_family(folder / family.name, family)
-        settings = EngineSettings(str(path), dtype="float32", radix_cache=True, **ENGINE)
+    commands, environments, found = [], [], {}
+    for core, (family, form) in enumerate(RUNS):
+        path, name = folder / family.name, f"{family.name}-{form}"
+        if not path.exists():
+            write_family(path, family)
+        settings = EngineSettings(str(path), dtype="float32", radix_cache=True, routed_experts_format=form, **ENGINE)
         params = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
         request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": params}
-        (folder / f"{family.name}.json").write_text(json.dumps(request), encoding="utf-8")
-        commands.append(sglang.worker(folder / f"{family.name}.json", folder / f"{family.name}-samples"))
+        (folder / f"{name}.json").write_text(json.dumps(request), encoding="utf-8")
+        commands.append(sglang.worker(folder / f"{name}.json", folder / f"{name}-samples"))
         environments.append(sglang.on_cores(environment, [core]))
+        found[family.name, form] = path, folder / f"{name}-samples"
     run_together(commands, env=environments, timeout=sglang.TIMEOUT)
-    return {
-        family.name: (folder / family.name, load_samples(folder / f"{family.name}-samples")) for family in (GLM4, OLMOE)
-    }
+    return {run: (path, load_samples(out)) for run, (path, out) in found.items()}
 
 
-@pytest.mark.parametrize("family", [GLM4, OLMOE], ids=lambda family: family.name)
-def test_every_row_is_the_one_of_the_reference(family: Family, samples: dict[str, tuple[Path, list[Sample]]]) -> None:
+@pytest.mark.parametrize(("family", "form"), RUNS, ids=lambda of: getattr(of, "name", of))
+def test_every_row_is_the_one_of_the_reference(family: Family, form: str, samples: Samples) -> None:
     import torch
     import transformers
 
-    folder, found = samples[family.name]
+    folder, found = samples[family.name, form]
     model = getattr(transformers, f"{family.name}ForCausalLM").from_pretrained(folder, dtype=torch.float32).eval()
     own: dict[int, Any] = {}
     for layer in family.layer_ids:
