@@ -89,12 +89,15 @@ def check_shape(tokens: torch.Tensor, packing: Packing, cp: int) -> None:
 def check_order(place: str, input_ids: object, routes: RankRoutes) -> None:
     """Refuse a forward pass whose rows are in another order than its routes: the numbers of rows may be the same.
 
-    input_ids: the first argument of GPTModel.forward, [b, s]; where there is another or none, nothing is known.
+    input_ids: the first argument of GPTModel.forward, [b, s]; where there is another or none, nothing is known. verl
+        gives stages behind the first, which read none, its nested tensor of samples.
 
     Raises:
         ReplayError: Names both orders.
     """
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or len(input_ids) == routes.num_interleaved:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_nested:
+        return
+    if len(input_ids) == routes.num_interleaved:
         return
     b, want = len(input_ids), routes.num_interleaved
     made = (

@@ -4,10 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from r3_adapter.errors import CaptureError, R3Error, ReplayError, TraceError
 from r3_adapter.frameworks.verl.options import Options
 from r3_adapter.frameworks.verl.sealed import num_seal_layers, seal, unseal
+from r3_adapter.layout import Packing, ParallelLayout
+from r3_adapter.megatron.inputs import check_order
+from r3_adapter.repack import repack
 from r3_adapter.sglang.facts import ModelFacts
 
 FACTS = ModelFacts(num_experts=200, topk=4, layer_ids=(1, 2, 4), num_layers=5)
@@ -110,3 +114,13 @@ def test_options_are_known_words() -> None:
         with pytest.raises(ReplayError, match=next(iter(variables))):
             Options.from_environment(variables)
     assert issubclass(ReplayError, R3Error)
+
+
+def test_nested_tokens_of_a_later_stage_say_nothing_of_the_order_of_rows() -> None:
+    """verl gives a stage that reads no tokens its samples as they are; a padded batch is refused there as anywhere."""
+    trace = unseal(sealed(), np.array(TOKENS), FACTS, "sample 0")
+    routes = repack([trace, trace], Packing.packed([0, 6, 12]), ParallelLayout(), 0, layer_ids=[1])
+    samples = [torch.tensor(TOKENS), torch.tensor(TOKENS)]
+    check_order("chunk 0", torch.nested.as_nested_tensor(samples, layout=torch.jagged), routes)
+    with pytest.raises(ReplayError, match="chunk 0: its input_ids are"):
+        check_order("chunk 0", torch.stack(samples), routes)
