@@ -1,7 +1,7 @@
 """Ranks agree that a step can go on, before any of them enters a collective of it."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -13,17 +13,21 @@ _Made = TypeVar("_Made")
 
 
 NOT_ASKED = "not asked for"
+ANOTHER_RANK = "another rank plans none"
 
 
 class Terms(NamedTuple):
     """What ranks compare as they agree on a step.
 
-    num_micro_batches: must be the same on all ranks; 0 where ranks do not share experts out.
+    num_micro_batches: must be the same on all ranks that share experts out; 0 where none do.
+    groups: the first rank of each group that this one is in and whose ranks wait for each other in a step, by kind of
+        group, as many on all ranks; ranks without a group in common, nor a chain of them, may have other numbers.
     why_not: says why this rank plans no dispatch; empty if it would. One that does not is enough for all.
     """
 
     num_micro_batches: int = 0
     why_not: str = NOT_ASKED
+    groups: tuple[int, ...] = ()
 
 
 _NO_TERMS = Terms()
@@ -57,7 +61,7 @@ def agreed_step(make: Callable[[], _Made], terms: Callable[[_Made], Terms]) -> t
         if cause is not None and not isinstance(cause, Exception):
             raise cause from told
         raise told from cause
-    return cast(_Made, made), own.why_not or ("" if all_plan else "another rank plans none")
+    return cast(_Made, made), own.why_not or ("" if all_plan else ANOTHER_RANK)
 
 
 def agree(problem: str, terms: Terms = _NO_TERMS) -> bool:
@@ -82,12 +86,36 @@ def agree(problem: str, terms: Terms = _NO_TERMS) -> bool:
     any_problem, any_unplanned, most, least = flags.tolist()
     if not any_problem:
         if most != -least:
-            raise ReplayError(f"{-least} micro-batches on one rank != {most} on another, with which it shares experts")
+            _check_numbers(terms, device)
         return not any_unplanned
     everybody = everybody or [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everybody, own)
     said = [bytes(found.tolist()).rstrip(b"\0").decode(errors="replace") for found in everybody]
     raise ReplayError("; ".join(f"rank {rank}: {message}" for rank, message in enumerate(said) if message))
+
+
+def _check_numbers(terms: Terms, device: Any) -> None:
+    """Refuse other numbers of micro-batches on ranks that wait for each other; every rank must call it."""
+    own = torch.tensor([terms.num_micro_batches, *terms.groups], dtype=torch.int32, device=device)
+    everybody = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everybody, own)
+    table = [each.tolist() for each in everybody]
+    # The least rank of the chain of groups that each rank is in.
+    heads, before = list(range(len(table))), list[int]()
+    while heads != before:
+        before = heads.copy()
+        for kind in range(1, len(own)):
+            for group in {row[kind] for row in table}:
+                ranks = [rank for rank, row in enumerate(table) if row[kind] == group]
+                least = min(heads[rank] for rank in ranks)
+                for rank in ranks:
+                    heads[rank] = least
+    for rank, (head, (number, *_)) in enumerate(zip(heads, table, strict=True)):
+        if terms.groups and number != table[head][0]:
+            fewer, more = sorted(((number, rank), (table[head][0], head)))
+            raise ReplayError(
+                f"{fewer[0]} micro-batches on rank {fewer[1]} != {more[0]} on rank {more[1]}, for which it waits"
+            )
 
 
 def _message(problem: str) -> bytes:

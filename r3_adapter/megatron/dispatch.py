@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from r3_adapter.errors import ReplayError
-from r3_adapter.megatron.agreement import NOT_ASKED
+from r3_adapter.megatron.agreement import ANOTHER_RANK, NOT_ASKED
 from r3_adapter.repack import RankRoutes
 
 COUNTS = "routed_expert_counts"
@@ -32,10 +32,21 @@ class Plan(NamedTuple):
 
     counts: [M, G, E] int32 on the host; None where there is no plan.
     why_not: says why; empty where there is a plan.
+    num_live: rows of the expert group that routers route themselves, which is then why.
     """
 
     counts: torch.Tensor | None
     why_not: str = ""
+    num_live: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Return "planned", or in one of few words why not: what is counted of a step's micro-batches."""
+        if self.counts is not None:
+            return "planned"
+        if self.num_live:
+            return "live_rows"
+        return {NOT_ASKED: "not_asked_for", ANOTHER_RANK: "another_rank"}.get(self.why_not, "cannot_be")
 
 
 UNPLANNED = Plan(None, NOT_ASKED)
@@ -96,7 +107,8 @@ def _plan(counts: npt.NDArray[np.int32], live: npt.NDArray[np.int32]) -> Plan:
     """Return the plan of a micro-batch. counts: [G, M, E]; live: [G] rows that routers route themselves."""
     if live.any():
         ranks = np.flatnonzero(live).tolist()
-        return Plan(None, f"{live.sum()} rows are routed live, on ranks {ranks} of the {len(live)} of the expert group")
+        says = f"{live.sum()} rows are routed live, on ranks {ranks} of the {len(live)} of the expert group"
+        return Plan(None, says, int(live.sum()))
     return Plan(torch.from_numpy(np.ascontiguousarray(counts.transpose(1, 0, 2))))
 
 

@@ -4,6 +4,7 @@ N: sampled tokens of a micro-batch.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -77,7 +78,8 @@ class Figures:
     kl_ref, nll: sums over the same tokens, of k3 to the reference, if there is one, and of the negative
         log-probability. loss: a sum over the tokens trained on.
     rows: replayed, live, padding, stale; on the first pipeline stage.
-    micro_batches: all, and those whose dispatch was planned from their routes; on the first pipeline stage.
+    micro_batches: all, those whose dispatch was planned from their routes, and the others by `Plan.kind`; on the first
+        pipeline stage.
     agreement: ids of the routes, and how many of them live routers use, by layer; where counted.
     seconds: by stage. "replay" is what routers take longer than live ones, measured where agreement was counted last.
     """
@@ -250,8 +252,10 @@ class PolicyTrainer:
                 "padding": sum(each.num_padding for each in first),
                 "stale": sum(batch.num_stale for batch in routes[0]),
             }
-            planned = sum(batch.plan.counts is not None for batch in routes[0])
-            figures.micro_batches = {"all": len(first), "planned": planned}
+            kinds = Counter(batch.plan.kind for batch in routes[0])
+            planned = kinds.pop("planned", 0)
+            why_not = {f"unplanned_{kind}": count for kind, count in sorted(kinds.items())}
+            figures.micro_batches = {"all": len(first), "planned": planned, **why_not}
         return routes
 
     def _count_agreement(self, batches: Sequence[MicroBatch], routes: Routes, figures: Figures) -> None:

@@ -134,7 +134,13 @@ def step_terms(chunks: Sequence[torch.nn.Module], num_micro_batches: int, plan: 
     shared = ps.get_expert_tensor_and_model_parallel_world_size() > 1
     reasons = [_why_not_planned(chunk) for chunk in chunks] if plan else []
     why_not = next(filter(None, reasons), "") if plan else NOT_ASKED
-    return Terms(num_micro_batches if shared else 0, why_not)
+    groups = (
+        ps.get_expert_tensor_and_model_parallel_group(),
+        ps.get_pipeline_model_parallel_group(),
+        ps.get_tensor_and_context_parallel_group(),
+    )
+    first = tuple(torch.distributed.get_process_group_ranks(group)[0] for group in groups)
+    return Terms(num_micro_batches if shared else 0, why_not, first)
 
 
 def _why_not_planned(chunk: torch.nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from r3_adapter.megatron.agreement import agree, agreed
+from r3_adapter.megatron.agreement import Terms, agree, agreed
 
 
 class UnreadableError(Exception):
@@ -70,6 +70,10 @@ def main(argv: Sequence[str]) -> None:
         attempt(name, lambda error=error: agreed(lambda: make(error)))  # type: ignore[misc]
     attempt("two ranks", lambda: agree(f"trouble {rank}" if rank else ""))
     attempt("a surrogate, told", lambda: agree("\ud800" if rank == 2 else ""))
+    # Ranks 0 and 1 share experts; in the second case ranks 1 and 2 are in a pipeline.
+    number, first = (2, 2, 3)[rank], (0, 0, 2)[rank]
+    attempt("another number in another group", lambda: agree("", Terms(number, "", (first, rank))))
+    attempt("another number in a chain of groups", lambda: agree("", Terms(number, "", (first, (0, 1, 1)[rank]))))
     attempt("all well", lambda: agreed(lambda: rank))
     print(json.dumps(said))
     torch.distributed.destroy_process_group()

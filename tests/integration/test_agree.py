@@ -49,6 +49,13 @@ def test_all_ranks_hear_what_one_raised(said: list[dict[str, Any]], case: str) -
     assert [each[case] for each in said] == [told, own.get(case, told), told]
 
 
+def test_only_ranks_that_wait_for_each_other_need_as_many_micro_batches(said: list[dict[str, Any]]) -> None:
+    says = "ReplayError: 2 micro-batches on rank 0 != 3 on rank 2, for which it waits"
+    assert [each["another number in another group"] for each in said] == [True] * 3
+    assert [each["another number in a chain of groups"] for each in said] == [says] * 3
+
+
 def test_they_go_on_when_all_is_well(said: list[dict[str, Any]]) -> None:
     assert [each["all well"] for each in said] == [0, 1, 2]
-    assert set(said[0]) == {*MESSAGES, "all well"}
+    numbers = {f"another number in {what}" for what in ("another group", "a chain of groups")}
+    assert set(said[0]) == {*MESSAGES, *numbers, "all well"}

@@ -160,6 +160,7 @@ def test_replaying_its_own_routes_changes_no_bit(checkpoint: Path, perturbed: li
         ranks = run(tmp_path / replay, checkpoint, perturbed[:4], LAYOUTS["ep2"], replay=replay)
         assert all(each["rows"]["replayed"] == 0 for each in ranks)
         assert all(each["micro_batches"]["planned"] == 0 for each in ranks)
+        assert all(each["micro_batches"]["unplanned_not_asked_for"] == each["micro_batches"]["all"] for each in ranks)
         assert max(each["gap"]["max_abs"] for each in ranks) > 1e-2, "live routers are far from the rollout"
         found[replay] = tensors(tmp_path / replay / "out" / "after 1")
         nll = transformers_nll(tmp_path / replay / "out" / "before", perturbed[:4])
