@@ -24,7 +24,7 @@ from r3_adapter.series import load_series
 from r3_adapter.sglang.capture import computations_from_reply
 from r3_adapter.sglang.computation import Computation
 from r3_adapter.sglang.cpu import cpu_environment, has_gpu
-from r3_adapter.sglang.perturb import VARIABLE
+from r3_adapter.sglang.perturb import VARIABLE, Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import fetch_payload
 from r3_adapter.trace import RoutingTrace
@@ -32,6 +32,8 @@ from r3_adapter.trace import RoutingTrace
 LAYERS, VOCAB = 4, 512
 EXACT = 1e-4
 TIMEOUT = 300
+CHUNK, POOL = 256, 700
+"""Tokens of a prefill chunk and KV slots of `serve_strained`: requests are cut, retracted and computed again."""
 
 
 def _release() -> str:
@@ -219,6 +221,27 @@ def serve(folder: Path, weights: Mapping[str, Path], settings: EngineSettings) -
             assert not shared.exists(), sorted(shared.iterdir())
     finally:
         end(process)
+
+
+@contextmanager
+def serve_strained(folder: Path, **changes: Any) -> Iterator[Server]:
+    """Serve a tiny model, of which there are two sets of weights, with a fifth of the rows perturbed.
+
+    changes: settings that are not as they are here.
+    """
+    weights = {name: write_checkpoint(folder / name, seed) for seed, name in enumerate(("v1", "v2"))}
+    settings = EngineSettings(
+        str(weights["v1"]),
+        dtype="float32",
+        radix_cache=True,
+        max_total_tokens=POOL,
+        max_running_requests=16,
+        overlap=True,
+        perturb=Perturbation(1, 0.2),
+        extra={"weight_version": "v1", "chunked_prefill_size": CHUNK, "skip_tokenizer_init": False},
+    )
+    with serve(folder, weights, replace(settings, **changes)) as found:
+        yield found
 
 
 def end(process: "subprocess.Popen[Any]") -> None:

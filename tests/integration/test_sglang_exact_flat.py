@@ -21,8 +21,6 @@ import pytest
 from r3_adapter.sglang.capture import trace_from_native_reply
 from r3_adapter.sglang.computation import Computation
 from r3_adapter.sglang.facts import ModelFacts
-from r3_adapter.sglang.perturb import Perturbation
-from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.trace import RoutingTrace
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
@@ -32,28 +30,13 @@ EXACT, Server, make_prompts = sglang.EXACT, sglang.Server, sglang.make_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-CHUNK, POOL = 256, 700
 TOPK = 2
 STALE = "tokens have rows of the weights"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    weights = {name: sglang.write_checkpoint(folder / name, seed) for seed, name in enumerate(("v1", "v2"))}
-    extra = {"weight_version": "v1", "chunked_prefill_size": CHUNK, "skip_tokenizer_init": False}
-    settings = EngineSettings(
-        str(weights["v1"]),
-        dtype="float32",
-        routed_experts_format="exact-flat",
-        radix_cache=True,
-        max_total_tokens=POOL,
-        max_running_requests=16,
-        overlap=True,
-        perturb=Perturbation(1, 0.2),
-        extra=extra,
-    )
-    with sglang.serve(folder, weights, settings) as found:
+    with sglang.serve_strained(tmp_path_factory.mktemp("server"), routed_experts_format="exact-flat") as found:
         yield found
 
 
@@ -103,7 +86,7 @@ def test_samples_of_one_prompt(server: Server, length: int) -> None:
 
 
 def test_a_prompt_of_several_chunks_twice(server: Server) -> None:
-    (prompt,) = make_prompts(3, [2 * CHUNK + 30])
+    (prompt,) = make_prompts(3, [2 * sglang.CHUNK + 30])
     for hit in (0, len(prompt) - 1):
         reply = server.ask(prompt, 4)
         _check(server, reply, prompt)

@@ -25,8 +25,6 @@ from r3_adapter.errors import CaptureError
 from r3_adapter.sglang.capture import computations_from_reply
 from r3_adapter.sglang.computation import Computation, join_turns, read_computations
 from r3_adapter.sglang.openai import events_of, sample_of_openai
-from r3_adapter.sglang.perturb import Perturbation
-from r3_adapter.sglang.settings import EngineSettings
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
 sglang = importlib.util.module_from_spec(SPEC)
@@ -35,28 +33,12 @@ EXACT, Server, make_prompts = sglang.EXACT, sglang.Server, sglang.make_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-CHUNK, POOL = 256, 700
-
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda stages: f"pp{stages}")
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if request.param > (os.cpu_count() or 1) and not sglang.has_gpu():
         pytest.skip("needs a core for each pipeline stage")
-    folder = tmp_path_factory.mktemp("server")
-    weights = {name: sglang.write_checkpoint(folder / name, seed) for seed, name in enumerate(("v1", "v2"))}
-    extra = {"weight_version": "v1", "chunked_prefill_size": CHUNK, "skip_tokenizer_init": False}
-    settings = EngineSettings(
-        str(weights["v1"]),
-        dtype="float32",
-        pp_size=request.param,
-        radix_cache=True,
-        max_total_tokens=POOL,
-        max_running_requests=16,
-        overlap=True,
-        perturb=Perturbation(1, 0.2),
-        extra=extra,
-    )
-    with sglang.serve(folder, weights, settings) as found:
+    with sglang.serve_strained(tmp_path_factory.mktemp("server"), pp_size=request.param) as found:
         yield found
 
 
@@ -89,7 +71,7 @@ def test_a_prefix_of_one_token(server: Server) -> None:
 
 
 def test_a_prompt_of_several_chunks_twice(server: Server) -> None:
-    (prompt,) = make_prompts(3, [2 * CHUNK + 30])
+    (prompt,) = make_prompts(3, [2 * sglang.CHUNK + 30])
     for hit in (0, len(prompt) - 1):
         reply = server.ask(prompt, 4)
         server.check(reply, prompt)
