@@ -105,11 +105,10 @@ def _check_numbers(terms: Terms, device: Any) -> None:
     while heads != before:
         before = heads.copy()
         for kind in range(1, len(own)):
-            for group in {row[kind] for row in table}:
-                ranks = [rank for rank, row in enumerate(table) if row[kind] == group]
-                least = min(heads[rank] for rank in ranks)
-                for rank in ranks:
-                    heads[rank] = least
+            least = dict[int, int]()
+            for head, row in zip(heads, table, strict=True):
+                least[row[kind]] = min(head, least.get(row[kind], head))
+            heads = [least[row[kind]] for row in table]
     for rank, (head, (number, *_)) in enumerate(zip(heads, table, strict=True)):
         if terms.groups and number != table[head][0]:
             fewer, more = sorted(((number, rank), (table[head][0], head)))
