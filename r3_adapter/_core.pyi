@@ -34,6 +34,7 @@ def repack(
     version_maps: list[npt.NDArray[np.int32] | None] | None = None,
     num_threads: int = 1,
     stream_from: int = 1 << 22,
+    balance_last: bool = False,
 ) -> None:
     """Write what a rank's MoE layers need of the traces of a micro-batch.
 
@@ -49,6 +50,7 @@ def repack(
     expected_ids: [T] int64; the micro-batch's tokens at the local rows; not looked at in padding rows.
     version_maps: [V] int32 of each sample, or None: what row_versions calls each of the sample's versions instead.
     stream_from: bytes of `out` from which on it is written past the cache; changes the time only.
+    balance_last: write a sample's last token, if it was not captured, as padding.
     """
 
 def count_experts(

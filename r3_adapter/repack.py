@@ -159,7 +159,7 @@ def repack(
             expected_ids=expected,
             version_maps=maps,
             num_threads=check_whole("num_threads", num_threads, error=LayoutError),
-            **({"balance_last": True} if last_row == "balanced" else {}),
+            balance_last=last_row == "balanced",
         )
     except ValueError as error:
         raise TraceError(f"rank {rank}: {error}") from error
