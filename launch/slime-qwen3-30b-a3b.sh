@@ -15,7 +15,7 @@ SAVE=${SAVE:-runs/slime-qwen3-30b-a3b}
 PROMPTS=${PROMPTS:-/data/dapo-math-17k.jsonl}
 SLIME_DIR=${SLIME_DIR:-$HOME/slime}
 MEGATRON_DIR=${MEGATRON_DIR:-$HOME/Megatron-LM}
-ENGINES=${ENGINES:-$PWD/launch/configs/slime-engines.json}
+ENGINES=${ENGINES:-$PWD/launch/slime-engines.json}
 PYTHON=${PYTHON:-python3}
 
 R3_ARGS=(
