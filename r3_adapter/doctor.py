@@ -209,7 +209,7 @@ def ask_memory() -> Iterator[Finding]:
 
 
 def ask_disk() -> Iterator[Finding]:
-    """Whether temporary files can be written, and how many."""
+    """Whether files can be written where temporary ones and the results of a run go, and how many bytes are free."""
     yield room("temporary files", Path(tempfile.gettempdir()), LEAST_DISK, "set TMPDIR to a larger disk")
     yield room("this folder", Path.cwd(), LEAST_DISK, "give --out a folder on a larger disk")
 
@@ -227,9 +227,7 @@ def room(name: str, folder: Path, least: int, todo: str, *, scarce: Grade = Grad
     except OSError as error:
         return Finding(name, Grade.BAD, f"{folder} cannot be written: {error.strerror or error}", todo)
     says = f"{_gib(free)} free in {folder}"
-    return (
-        Finding(name, Grade.GOOD, says) if free >= least else Finding(name, Grade.BAD, f"{says} < {_gib(least)}", todo)
-    )
+    return Finding(name, Grade.GOOD, says) if free >= least else Finding(name, scarce, f"{says} < {_gib(least)}", todo)
 
 
 def ask_limits() -> Iterator[Finding]:

@@ -82,6 +82,7 @@ def test_shared_memory_that_is_too_small_is_named_with_both_sizes(tmp_path: Path
     assert found.grade == Grade.BAD
     assert f"< {(1 << 60) / doctor.GIB:.1f} GiB" in found.says
     assert doctor.room("shared memory", tmp_path, 1, "").grade == Grade.GOOD
+    assert doctor.room("this folder", tmp_path, 1 << 60, "take another").grade == Grade.NOTE
 
 
 def test_a_question_that_cannot_be_asked_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
