@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from r3_adapter.balance.composition import compose, in_order
-from r3_adapter.balance.loads import Counts, Evenness, count_traces, evenness, identity, rank_loads, summed
+from r3_adapter.balance.loads import Counts, Evenness, Placed, count_traces, evenness, identity, rank_loads, summed
 from r3_adapter.balance.placement import place
 from r3_adapter.balance.simulate import World, simulate
 from r3_adapter.errors import LayoutError, R3Error
@@ -114,7 +114,8 @@ def steps_of(folders: Sequence[SampleFolder]) -> list[Step]:
 def compare(steps: Sequence[Step], num_ranks: int, max_tokens: int, *, num_groups: int = 1, seed: int = 0) -> Balance:
     """Say what each way gives. The first of several steps only serves to place the experts of the second."""
     loads: dict[str, list[npt.NDArray[np.int32]]] = {way: [] for way in WAYS}
-    last, seconds = None, []
+    last: Placed | None = None
+    seconds: list[float] = []
     for number, (tokens, counts) in enumerate(steps):
         as_is = identity(*counts.shape[1:])
         shuffled = in_order(np.random.default_rng([seed, number]).permutation(len(tokens)), tokens, max_tokens)
@@ -122,17 +123,18 @@ def compare(steps: Sequence[Step], num_ranks: int, max_tokens: int, *, num_group
         placed = place(summed(shuffled, counts), num_ranks, num_groups=num_groups, seed=seed)
         packed = compose(tokens, counts, placed, num_ranks, max_tokens, seed=seed)
         seconds.append(time.perf_counter() - start)
+        before, last = last, placed
+        if before is None and len(steps) > 1:
+            continue
         ways = {
             "arrival": (in_order(range(len(tokens)), tokens, max_tokens), as_is),
             "shuffled": (shuffled, as_is),
             "packed": (compose(tokens, counts, as_is, num_ranks, max_tokens, seed=seed), as_is),
             "placed": (packed, placed),
         }
-        if last is not None:
-            ways["placed_last"] = (compose(tokens, counts, last, num_ranks, max_tokens, seed=seed), last)
-        last = placed
-        if number or len(steps) == 1:
-            for way, (micro_steps, where) in ways.items():
-                loads[way].append(rank_loads(summed(micro_steps, counts), where, num_ranks))
+        if before is not None:
+            ways["placed_last"] = (compose(tokens, counts, before, num_ranks, max_tokens, seed=seed), before)
+        for way, (micro_steps, where) in ways.items():
+            loads[way].append(rank_loads(summed(micro_steps, counts), where, num_ranks))
     found = {way: evenness(np.concatenate(each)) for way, each in loads.items() if each}
     return Balance(found, len(steps), sum(map(len, loads["placed"])), float(np.median(seconds)))
