@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from r3_adapter.errors import PatchError
 from r3_adapter.installed import State, Status, advice, explain
+from r3_adapter.machine import gpu_driver, version_of
 from r3_adapter.patching import status
 from r3_adapter.watchdog import FOLDERS, MEMORY
 
@@ -121,7 +122,10 @@ def ask_torch() -> Iterator[Finding]:
 
 
 def _gpus(cuda: str | None, gpus: Sequence[str]) -> Finding:
-    driver = _driver()
+    try:
+        driver = gpu_driver()
+    except (OSError, subprocess.SubprocessError):
+        driver = ""
     if gpus:
         return Finding("GPU", Grade.GOOD, f"{len(gpus)} x {', '.join(dict.fromkeys(gpus))}, driver {driver}")
     if not driver:
@@ -129,14 +133,6 @@ def _gpus(cuda: str | None, gpus: Sequence[str]) -> Finding:
     why = f"this torch is built for CUDA {cuda}" if cuda else "this torch is built without CUDA"
     todo = "install a build of torch for this driver"
     return Finding("GPU", Grade.BAD, f"there is one (driver {driver}), which torch does not see: {why}", todo)
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def ask_engines(site: Path | None = None) -> Iterator[Finding]:
@@ -169,11 +165,8 @@ def versions_beside(distribution: str) -> Iterator[Finding]:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            have = version(requirement.name)
-        except PackageNotFoundError:
-            continue
-        if not requirement.specifier.contains(have, prereleases=True):
+        have = version_of(requirement.name)
+        if have is not None and not requirement.specifier.contains(have, prereleases=True):
             wrong.append(f"{requirement.name} {have} for {requirement.specifier}")
     if wrong:
         says = f"{len(wrong)} of its requirements are installed in other versions: {', '.join(wrong)}"
@@ -187,11 +180,11 @@ def ask_packages() -> Iterator[Finding]:
         ("plotly", "report", "reports"),
         ("transformers", "cpu", "models"),
     ):
-        try:
-            yield Finding(name, Grade.GOOD, version(name))
-        except PackageNotFoundError:
-            todo = f"`pip install 'r3-adapter[{extra}]'` brings it"
-            yield Finding(name, Grade.NOTE, f"not installed: {what} cannot be had", todo)
+        if (found := version_of(name)) is not None:
+            yield Finding(name, Grade.GOOD, found)
+            continue
+        todo = f"`pip install 'r3-adapter[{extra}]'` brings it"
+        yield Finding(name, Grade.NOTE, f"not installed: {what} cannot be had", todo)
 
 
 def ask_memory() -> Iterator[Finding]:

@@ -6,13 +6,13 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
 from r3_adapter import patching
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.machine import version_of
 from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.megatron.trainer import Scores
 from r3_adapter.metrics import gap
@@ -133,11 +133,7 @@ class Verdict:
 def environment() -> dict[str, Any]:
     """Return versions, patches and machine: what a result depends on beside its options."""
     versions = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+    versions |= {name: version_of(name) or "not installed" for name in _VERSIONS}
     patches = {}
     for found in patching.status():
         after = {path: pins.after for path, pins in found.series.files.items()} if found.series else {}

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from r3_adapter.arena import Arena
 from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.machine import gpu_driver, version_of
 from r3_adapter.megatron.model import build_chunk, rope_of, transformer_config
 from r3_adapter.megatron.reach import routed_live
 from r3_adapter.megatron.replay import StepInput, moe_routers, prepare_step
@@ -278,17 +278,13 @@ def hardware(device: torch.device) -> dict[str, Any]:
         machine |= {"device": found.name, "gib": round(found.total_memory / 2**30, 1), "driver": _driver()}
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "megatron-core", "transformer-engine", "triton", "r3_adapter"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
+        versions[name] = version_of(name)
     return {"hardware": machine, "versions": versions}
 
 
 def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+        return gpu_driver()
     except (OSError, subprocess.SubprocessError) as error:
         print(f"nvidia-smi does not say the driver: {error}", file=sys.stderr)
         return "not known"

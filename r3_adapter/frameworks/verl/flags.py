@@ -6,12 +6,12 @@ python -m r3_adapter.frameworks.verl.flags OVERRIDES...; exits 1 and says what i
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import R3Error, ReplayError, show
 from r3_adapter.frameworks.verl.rollout import FORMAT
+from r3_adapter.machine import version_of
 
 PLUG_IN = "r3_adapter.frameworks.verl.plugin"
 _VARIABLE = "VERL_USE_EXTERNAL_MODULES"
@@ -33,7 +33,7 @@ def check_flags(overrides: Sequence[str]) -> list[str]:
         ReplayError: The plug-in is not loaded, verl's configuration does not take the overrides, or one is not what
             replay needs; names it.
     """
-    found = [f"{name} {_version(name)}" for name in ("verl", "sglang", "megatron-core")]
+    found = [f"{name} {version_of(name) or 'is not installed'}" for name in ("verl", "sglang", "megatron-core")]
     if PLUG_IN not in os.environ.get(_VARIABLE, "").split(","):
         raise ReplayError(f"{_VARIABLE} ({os.environ.get(_VARIABLE)!r}) does not name {PLUG_IN}")
     try:
@@ -41,7 +41,7 @@ def check_flags(overrides: Sequence[str]) -> list[str]:
     except ImportError as error:
         raise ReplayError(f"verl cannot be imported here: {error}") from error
     if PLUG_IN not in sys.modules:
-        raise ReplayError(f"verl {_version('verl')} was imported and has not loaded {PLUG_IN}")
+        raise ReplayError(f"verl {version_of('verl')} was imported and has not loaded {PLUG_IN}")
     config = composed(Path(verl.__file__).parent / "trainer" / "config", overrides)
     for name, want in _WANTED.items():
         if (have := config.get(name)) != want:
@@ -69,13 +69,6 @@ def composed(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
         return {name: OmegaConf.select(config, name) for name in _WANTED}
     except (HydraException, OmegaConfBaseException) as error:
         raise ReplayError(f"verl's configuration: {error}") from error
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "is not installed"
 
 
 def main(argv: Sequence[str]) -> int:
