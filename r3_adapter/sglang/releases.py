@@ -6,7 +6,8 @@ came back with another meaning would need another table.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+
+from r3_adapter.machine import version_of
 
 RELEASES = ("0.5.15.post1", "0.5.20", "0.5.23")
 """Oldest first."""
@@ -86,10 +87,7 @@ _CHANGES: Mapping[str, Mapping[str, _Change]] = {
 
 def installed_release() -> str | None:
     """Return the version of the SGLang that is installed here; None without one."""
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return None
+    return version_of("sglang")
 
 
 def absent(struct: str, release: str | None) -> frozenset[str]:
