@@ -11,7 +11,6 @@ import torch
 from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.dispatch import COUNTS
 from r3_adapter.megatron.feeding import FEEDS, AuxLosses, Channel, Feed, Outside
-from r3_adapter.megatron.inputs import check_order
 from r3_adapter.megatron.reach import ARGUMENT, forget
 from r3_adapter.megatron.replay import ReplayBatch, check_chunks, moe_layers, moe_routers, unwrapped
 from r3_adapter.megatron.request import Backend
@@ -182,11 +181,8 @@ def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
 
     def hand_over(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         _refuse_explicit(feed, kwargs)
-        place, batch = feed.place(), feed.take()
-        if batch is None:
-            return None
-        check_order(place, args[0] if args else kwargs.get("input_ids"), batch.routes)
-        return args, {**kwargs, **batch.model_arguments}
+        batch = feed.take(args[0] if args else kwargs.get("input_ids"))
+        return None if batch is None else (args, {**kwargs, **batch.model_arguments})
 
     undo: list[Callable[[], object]] = [
         model.register_forward_pre_hook(hand_over, prepend=True, with_kwargs=True).remove
@@ -199,11 +195,8 @@ def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
         def planned(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind_partial(*args, **kwargs).arguments
             _refuse_explicit(feed, arguments)
-            place, batch = feed.place(), feed.take()
-            if batch is None:
-                return plan(*args, **kwargs)
-            check_order(place, arguments.get("input_ids"), batch.routes)
-            return plan(*args, **kwargs, **batch.model_arguments)
+            batch = feed.take(arguments.get("input_ids"))
+            return plan(*args, **kwargs, **({} if batch is None else batch.model_arguments))
 
         undo.append(_replaced(model, _PLAN, planned))
     return undo

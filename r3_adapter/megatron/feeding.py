@@ -12,6 +12,7 @@ import torch
 
 from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.agreement import own_rank
+from r3_adapter.megatron.inputs import check_order
 
 if TYPE_CHECKING:
     from r3_adapter.megatron.replay import ReplayBatch
@@ -57,11 +58,14 @@ class Feed:
         """Take the micro-batches of a pass."""
         self._batches, self._taken = batches, 0
 
-    def take(self) -> "ReplayBatch | None":
+    def take(self, input_ids: object) -> "ReplayBatch | None":
         """Return the next micro-batch; None outside of `replaying`.
 
+        input_ids: what the model is given.
+
         Raises:
-            ReplayError: None is left; or there are none, and passes outside of `replaying` are refused.
+            ReplayError: None is left, or its rows are in another order than the model's; or there are none, and passes
+                outside of `replaying` are refused.
         """
         self.given = None
         if self._batches is None:
@@ -73,9 +77,10 @@ class Feed:
             return None
         if self._taken == len(self._batches):
             raise ReplayError(f"{self.place()}: no routes: the pass was given {self._taken} micro-batches")
-        batch = self._batches[self._taken]
+        place, batch = self.place(), self._batches[self._taken]
         self._taken += 1
         self.given = batch.routed_experts
+        check_order(place, input_ids, batch.routes)
         return batch
 
     def left(self) -> str:

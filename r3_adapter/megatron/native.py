@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.feeding import AuxLosses, Feed, Outside
-from r3_adapter.megatron.inputs import check_order
 from r3_adapter.megatron.options import NATIVE_REFUSED, refusals
 
 if TYPE_CHECKING:
@@ -195,10 +194,7 @@ def hook(model: Any, feed: NativeFeed, refuse: Callable[[Mapping[str, Any]], Non
     def before(_: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         refuse(kwargs)
         feed.before(None)
-        place = feed.place()
-        latest[0] = feed.take()
-        if latest[0] is not None:
-            check_order(place, args[0] if args else kwargs.get("input_ids"), latest[0].routes)
+        latest[0] = feed.take(args[0] if args else kwargs.get("input_ids"))
         feed.before(latest[0])
 
     def after(_: Any, args: Any, output: Any) -> None:
