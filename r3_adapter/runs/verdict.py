@@ -14,7 +14,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     return [f"{run.name}: {_verdict(run, [other for other in without if other is not run])}" for run in runs]
 
 
-def progress(run: Run) -> str:
+def _progress(run: Run) -> str:
     """Say how far a run has come that has not ended; nothing of one that has."""
     if run.finished:
         return ""
@@ -32,7 +32,7 @@ def _verdict(run: Run, without: Sequence[Run]) -> str:
     if agreement := _agreement(run):
         would = "would have differed" if rows["replayed"] else "differ"
         said.append(f"live routers {would} in {1 - agreement:.2%} of experts")
-    if under_way := progress(run):
+    if under_way := _progress(run):
         said.append(under_way)
     return "; ".join(said)
 
