@@ -3,7 +3,7 @@
     python examples/replay.py
 
 SGLang generates and records experts; Megatron-core scores the same tokens, once with its own experts and once with
-those of the rollout. With a rollout in bfloat16 its own differ in some rows, and so do the log-probabilities.
+those of the rollout. With a rollout in bfloat16 its own differ in some routes, and so do the log-probabilities.
 """
 
 import tempfile
@@ -14,15 +14,15 @@ import torch
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import micro_batches
-from r3_adapter.megatron.model import build_model, initialize
 from r3_adapter.megatron.monitor import RouterMonitor
+from r3_adapter.megatron.policy_trainer.build import build_model, initialize
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
 from r3_adapter.megatron.reach import routed_live
 from r3_adapter.megatron.replay import prepare
-from r3_adapter.megatron.request import TrainerOptions
 from r3_adapter.metrics import gap
+from r3_adapter.proof.tiny import ENGINE, write_checkpoint
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE, write_checkpoint
 
 
 def main(folder: Path) -> None:

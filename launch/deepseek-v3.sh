@@ -4,27 +4,14 @@
 #
 #   DRY_RUN=1 launch/deepseek-v3.sh                          # no GPU: checks the layout, says what takes how much, prints the command
 #
-# For planning: the trainer's table of weights (r3_adapter/megatron/weights.py) has no rows for this family's attention yet, so that
+# For planning: the trainer's table of weights (r3_adapter/megatron/policy_trainer/weights.py) has no rows for this family's attention yet, so that
 # the plan says that it cannot be started (exit code 1) and a start is refused by name. launch/qwen3-235b-a22b.sh says how to start
 # on many nodes.
 #
 # More flags of r3_adapter/arguments.py may follow; they win over those below.
 set -euo pipefail
 source "$(dirname "$0")/start.sh"
-
-HF_CHECKPOINT=${HF_CHECKPOINT:-/shared/DeepSeek-V3-bf16}
-RUN_DIR=${RUN_DIR:-runs/deepseek-v3}
-MODEL_CONFIG=${MODEL_CONFIG:-launch/configs/deepseek-v3.json}
-TASK=${TASK:-sort} # "package.module:Class" of your own, see r3_adapter/rl/tasks.py:Task
-RAY_ADDRESS=${RAY_ADDRESS:-auto}
-NUM_NODES=${NUM_NODES:-24}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-GPU_MEMORY_GIB=${GPU_MEMORY_GIB:-139}
-
-R3_ARGS=(
-    --r3
-    --r3-staleness refuse
-)
+r3_model deepseek-v3 /shared/DeepSeek-V3-bf16 24 139
 
 # 61 layers, the first 3 of them dense, on 4 stages.
 LAYOUT_ARGS=(

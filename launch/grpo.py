@@ -5,132 +5,92 @@ Without --hf-checkpoint a tiny model learns to sort digits on this machine, no G
 
 import argparse
 import shutil
-import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 
-from r3_adapter.arguments import (
-    add_layout_arguments,
-    add_r3_arguments,
-    add_rl_arguments,
-    add_run_arguments,
-    layout_of,
-    make_folder,
-)
-from r3_adapter.errors import R3Error
-from r3_adapter.megatron.policy import PolicyOptions
-from r3_adapter.megatron.request import TrainerOptions
+from r3_adapter.arguments import RECOMPUTE, layout_of
+from r3_adapter.commands.loop import loop_parser
+from r3_adapter.flag_values import make_folder
+from r3_adapter.megatron.policy_trainer.learning_rate import LearningRate
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
+from r3_adapter.megatron.policy_trainer.trainer import PolicyOptions
+from r3_adapter.plan.preflight import check_model, check_report
+from r3_adapter.proof.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.ray.cluster import cluster
+from r3_adapter.ray.console import begins, stopped, timed, told
 from r3_adapter.ray.loop import Loop
 from r3_adapter.ray.options import LoopOptions
 from r3_adapter.ray.supervised import supervise
 from r3_adapter.report import last_line, run_progress
 from r3_adapter.rl.checks import check_flags
+from r3_adapter.rl.data import DataSource, prompt_data
 from r3_adapter.rl.losses import Objective
-from r3_adapter.rl.preflight import check_model, check_report
-from r3_adapter.rl.tasks import END, VOCABULARY, task_named
+from r3_adapter.rl.tasks import END, VOCABULARY, Task, task_named
 from r3_adapter.runs.page import write_page
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
+from r3_adapter.signals import AFTER, run_command, say
 
 TINY = TinyModel(num_layers=4, num_experts=16, topk=4, vocab_size=VOCABULARY, max_length=256, initializer_range=0.06)
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(BaseException):
-    """A signal asks the run to end."""
-
-
-class Signals:
-    """Raises Stopped at the first signal that ends a process; later ones wait until everything has ended.
-
-    came: the signal, once it has come. Ray's C++ code may raise something else in place of Stopped.
-    """
-
-    came: signal.Signals | None = None
-
-    def arm(self) -> None:
-        """Set the handlers, in place of those that somebody else has put there."""
-        for number in SIGNALS:
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, _: FrameType | None) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        self.came = signal.Signals(number)
-        raise Stopped
-
-
-def main() -> None:
-    """Run it, or go on with the run that is in its folder."""
-    args = parse()
+def main(args: argparse.Namespace, begun: list[Loop]) -> None:
+    """Run it, or go on with the run that is in its folder; begun: gets the loop, once there is one."""
     check_flags(args)
     check_report()
-    task = task_named(args.task)
+    task = task_of(args)
     loop = Loop(options_of(args, args.hf_checkpoint or args.save / "supervised"))
-    signals = Signals()
-    try:
-        signals.arm()
-        if args.hf_checkpoint:
-            check_model(args, args.hf_checkpoint, task)
-        make_folders(args)
+    begun.append(loop)
+    if args.hf_checkpoint:
+        check_model(args, args.hf_checkpoint, task)
+    make_folders(args)
+    if not args.hf_checkpoint:
+        check_model(args, random_checkpoint(args), task)
+    say(f"grpo: {begins(loop)}")
+    with ExitStack() as stack:
+        with timed("grpo", f"Ray is ready at {args.ray_address}" if args.ray_address else "Ray started"):
+            stack.enter_context(cluster(args.ray_address))
         if not args.hf_checkpoint:
-            check_model(args, random_checkpoint(args), task)
-        if loop.first:
-            say(f"{args.save} goes on from step {loop.first} ({loop.checkpoints.path(loop.first)})")
-        with cluster(args.ray_address):
-            signals.arm()
-            if not args.hf_checkpoint:
-                supervised_checkpoint(args)
-            run(loop)
-    except BaseException:
-        if signals.came is None:
-            raise
-        say(f"stopped by {signals.came.name} {where(loop)}")
-        sys.exit(128 + signals.came)
+            supervised_checkpoint(args)
+        with told(loop, "grpo"):
+            loop.run()
     page = args.save / "report.html"
-    (found,) = write_page(page, [args.save])
+    with timed("grpo", f"report written: {page}"):
+        (found,) = write_page(page, [args.save])
     print(last_line(found.summary, page))
-
-
-def run(loop: Loop) -> None:
-    """Run the loop under a progress bar."""
-    options = loop.options
-    with run_progress(options.config["name"], options.num_rollouts, loop.first) as show:
-
-        def observe(loop: Loop, step: int, stage: str) -> None:
-            if stage in ("rollout", "end") and loop.last_metrics:
-                show(loop.last_metrics)
-
-        loop.observe = observe
-        loop.run()
-
-
-def where(loop: Loop) -> str:
-    """Say at which step a run was stopped, and what of it is kept."""
-    steps = loop.checkpoints.steps()
-    if not steps:
-        return f"at step {loop.step}; no step is saved yet: the same command begins anew"
-    kept = loop.checkpoints.path(steps[-1])
-    return f"at step {loop.step}; step {steps[-1]} is saved in {kept}: the same command goes on from there"
-
-
-def say(line: str) -> None:
-    """Tell whoever watches."""
-    print(f"grpo: {line}", file=sys.stderr, flush=True)
 
 
 def parse() -> argparse.Namespace:
     """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(add_rl_arguments(add_layout_arguments(add_r3_arguments(parser))))
-    args = parser.parse_args()
+    args = loop_parser().parse_args()
     # Processes of a cluster that runs already are not in this one's folder.
     args.save, args.save_rollouts = args.save.resolve(), args.save_rollouts and args.save_rollouts.resolve()
     return args
+
+
+def data_source(args: argparse.Namespace) -> DataSource:
+    """Return where the run's own prompts are."""
+    return DataSource(
+        path=str(args.prompt_data.resolve()),
+        tokenizer=str(args.hf_checkpoint.resolve()),
+        reward=args.custom_rm_path,
+        input_key=args.input_key,
+        label_key=args.label_key,
+        apply_chat_template=args.apply_chat_template,
+        max_prompt_len=args.rollout_max_prompt_len,
+    )
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """Return the task, once it is known that its prompts can be read."""
+    if not args.prompt_data:
+        return task_named(args.task)
+    task = prompt_data(data_source(args).name)
+    left_out = f"; {task.num_left_out} longer than {args.rollout_max_prompt_len} tokens are left out"
+    say(f"grpo: {args.prompt_data}: {len(task.prompts)} prompts{left_out if task.num_left_out else ''}")
+    return task
 
 
 def make_folders(args: argparse.Namespace) -> None:
@@ -158,17 +118,21 @@ def supervised_checkpoint(args: argparse.Namespace) -> None:
     if folder.exists():
         return
     shutil.rmtree(partial, ignore_errors=True)
-    with run_progress("supervised", args.sft_steps) as show:
+    steps = args.sft_steps
+    with (
+        timed("grpo", f"the tiny model has a reward to begin with: {steps} supervised steps"),
+        run_progress("grpo: supervised", steps) as show,
+    ):
         supervise(
             random_checkpoint(args),
             partial,
             task_named(args.task),
             layout_of(args),
-            replace(policy_of(args), replay="off", lr=2e-3),
-            num_steps=args.sft_steps,
+            replace(policy_of(args), replay="off", lr=LearningRate(2e-3)),
+            num_steps=steps,
             batch_size=64,
             seed=args.seed,
-            progress=lambda step, loss: show({}),
+            progress=lambda step, loss: show(step + 1, {}),
         )
     partial.rename(folder)
 
@@ -176,7 +140,6 @@ def supervised_checkpoint(args: argparse.Namespace) -> None:
 def policy_of(args: argparse.Namespace) -> PolicyOptions:
     """Return how the policy is trained."""
     low = args.eps_clip if args.eps_clip is not None else {"grpo": 0.2, "gspo": 3e-4}[args.advantage_estimator]
-    recompute = {None: "none", "full": "full", "selective": "moe"}[args.recompute_granularity]
     return PolicyOptions(
         objective=Objective(
             estimator=args.advantage_estimator,
@@ -188,17 +151,25 @@ def policy_of(args: argparse.Namespace) -> PolicyOptions:
         replay="r3" if args.r3 else "r2" if args.r2 else "off",
         staleness=args.r3_staleness,
         num_steps=args.num_steps_per_rollout,
-        lr=args.lr,
+        lr=learning_rate_of(args),
         clip_grad=args.clip_grad,
         cpu_offload=args.optimizer_cpu_offload,
         trainer=TrainerOptions(
             qkv_format="thd",
-            recompute=recompute,
+            recompute=RECOMPUTE[args.recompute_granularity],
             distributed_optimizer=args.use_distributed_optimizer,
             pipeline_model_parallel_layout=args.pipeline_model_parallel_layout,
             megatron_arguments=args.megatron_args,
         ),
     )
+
+
+def learning_rate_of(args: argparse.Namespace) -> LearningRate:
+    """Return the learning rate over the run."""
+    decay = args.lr_decay_iters
+    if decay is None and args.lr_decay_style != "constant":
+        decay = args.num_rollout * args.num_steps_per_rollout
+    return LearningRate(args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters, decay)
 
 
 def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
@@ -222,20 +193,29 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
             max_running_requests=args.rollout_batch_size * args.n_samples_per_prompt,
             extra=args.sglang_args,
         ),
-        task=args.task,
+        task=data_source(args).name if args.prompt_data else args.task,
         sampling_params={
             "temperature": args.rollout_temperature,
             "max_new_tokens": args.rollout_max_response_len,
-            "stop_token_ids": [END],
+            # A model of the user's has its own.
+            **({} if args.prompt_data else {"stop_token_ids": [END]}),
         },
         num_engines=args.rollout_num_engines,
         batch_size=args.rollout_batch_size,
         samples_per_prompt=args.n_samples_per_prompt,
         micro_batch_size=args.micro_batch_size,
         lag=args.rollout_lag,
+        rollout_weights=args.rollout_weights,
         num_rollouts=args.num_rollout,
         seed=args.seed,
+        balance=args.r3_balance,
+        placement=args.r3_placement and args.r3_placement.resolve(),
+        max_received=args.r3_max_received,
         save_interval=args.save_interval,
+        keep_checkpoints=args.keep_checkpoints,
+        eval_interval=args.eval_interval,
+        eval_prompts=args.eval_prompts,
+        trackers=tuple(args.tracker),
         record=args.save_rollouts,
         num_gpus_per_rank=args.gpus_per_rank,
         num_gpus_per_engine=args.gpus_per_rank * args.rollout_tp_size * args.rollout_pp_size,
@@ -251,8 +231,6 @@ def options_of(args: argparse.Namespace, checkpoint: Path) -> LoopOptions:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except R3Error as error:
-        say(str(error))
-        sys.exit(2)
+    begun: list[Loop] = []
+    given = parse()
+    sys.exit(run_command("grpo", lambda: main(given, begun), lambda: stopped(begun[0]) if begun else AFTER))

@@ -99,7 +99,7 @@ def record(result: dict) -> None:
     if not result["environment"]:
         say(f"{result['pin']}: no environment, so that nothing is recorded")
         return
-    command = [str(Path(result["environment"]) / "bin/python"), "-m", "r3_adapter.rebase.results"]
+    command = [str(Path(result["environment"]) / "bin/python"), "-m", "r3_adapter.patch.rebase.table"]
     found = {name: result[name] for name in ("pin", "steps")}
     subprocess.run(command, cwd=REPO, input=json.dumps(found), text=True, check=True)
 

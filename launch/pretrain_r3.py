@@ -3,7 +3,7 @@
 The arguments are Megatron's and those of r3_adapter.arguments; `torchrun launch/pretrain_r3.py --help` lists them.
 launch/pretrain_r3.sh has a set that runs anywhere.
 
-b: samples of a micro-batch; s: sequence length; in packed rows b is 1.
+b: samples of a micro-batch; s: sequence length; with packed samples b is 1.
 """
 
 import sys
@@ -84,7 +84,7 @@ def datasets_provider(
 ) -> tuple[Iterator[list[Sample]] | None, ...]:
     """Return this rank's micro-batches for training, validation and test; all are of --r3-traces.
 
-    num_items: samples, or rows of packed ones, for each of the three.
+    num_items: samples, or sequences of packed ones, for each of the three.
     """
     from megatron.core import parallel_state as ps
     from megatron.training import get_args
@@ -102,8 +102,10 @@ def datasets_provider(
         number = max(total or 0, start)
         dataset: RolloutDataset | PackedRollouts
         if args.dataloader_inter_document_masking:
-            room = partial(packed_room, layout=current_layout())
-            dataset = PackedRollouts(folders, num_rows=number, seq_length=args.seq_length, room=room, seed=args.seed)
+            length = partial(packed_room, layout=current_layout())
+            dataset = PackedRollouts(
+                folders, num_sequences=number, seq_length=args.seq_length, padded_length=length, seed=args.seed
+            )
         else:
             dataset = RolloutDataset(folders, num_samples=number, seed=args.seed)
         loaders.append(

@@ -17,6 +17,8 @@ refuse() {
     exit 2
 }
 
+source "$root/launch/help.sh"
+r3_help "" "$@"
 [ $# -ge 2 ] && [[ $1 != -* && $2 != -* ]] || refuse "wants two folders: launch/pretrain_r3.sh TRACES CHECKPOINT --r3 [ARGUMENT...]"
 [[ $WORLD_SIZE =~ ^[1-9][0-9]*$ ]] || refuse "WORLD_SIZE '$WORLD_SIZE' is no number of ranks"
 command -v "$PYTHON" >/dev/null || refuse "no interpreter $PYTHON: set PYTHON, or make .venv-3.12 with PYTHON=python3.12 launch/test.sh"

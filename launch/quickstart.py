@@ -1,6 +1,5 @@
 """A rollout in SGLang, scored in Megatron-core on the same tokens: once routing live, once with the routes replayed."""
 
-import argparse
 import json
 import sys
 import tempfile
@@ -10,51 +9,58 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from r3_adapter.arguments import LARGEST_SEED, make_folder, whole
+from r3_adapter.arguments import add_seed_argument, add_size
+from r3_adapter.errors import R3Error
+from r3_adapter.flag_values import make_folder, whole
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.request import TrainerOptions
-from r3_adapter.megatron.trainer import score
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
+from r3_adapter.parsers import OneCommandParser
 from r3_adapter.processes import guarded
-from r3_adapter.prove import check_fits
+from r3_adapter.proof.prove import check_fits
+from r3_adapter.proof.scoring import score
+from r3_adapter.proof.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.report import Comparison, Tick, comparison_table, plot_comparison, progress_bars
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.signals import run_command
-from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
-PROMPT_TOKENS, RESPONSE_TOKENS = 16, 128
+PROMPT_TOKENS, RESPONSE_TOKENS, MICRO_BATCH = 16, 128, 4
 
 
 def main() -> None:
     """Run it and write report.json and report.png."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    examples = ("./launch/quickstart.sh", "./launch/quickstart.sh --ep 4 --dtype float32")
+    parser = OneCommandParser(prog="quickstart", description=__doc__, examples=examples)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder of the results")
     parser.add_argument("--samples", type=whole(1), default=32, help=f"responses of {RESPONSE_TOKENS} tokens each")
-    parser.add_argument("--ep", type=whole(1), default=2, help="expert-parallel ranks of the trainer")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0)
+    add_size(parser, "ep", default=2)
+    text = "dtype of rollout and trainer"
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=text)
+    add_seed_argument(parser, "seed of weights, prompts and sampling")
     args = parser.parse_args()
-    layout = ParallelLayout.smallest(ep=args.ep)
+    layout = ParallelLayout.smallest(ep=args.expert_model_parallel_size)
     check_fits(layout)
+    if args.samples % (MICRO_BATCH * layout.dp):
+        raise R3Error(f"--samples ({args.samples}) is no multiple of micro-batch ({MICRO_BATCH}) x dp ({layout.dp})")
     make_folder(args.out)
     with tempfile.TemporaryDirectory() as name, progress_bars(("rollout", "trainer")) as ticks:
         checkpoint = Path(name)
         write_checkpoint(checkpoint, dtype=args.dtype, seed=args.seed)
         facts = ModelFacts.from_checkpoint(checkpoint)
         samples = roll_out(checkpoint, args.dtype, args.samples, args.seed, ticks[0])
-        scores = score(checkpoint, samples, layout, TrainerOptions(micro_batch_size=4), progress=ticks[1])
+        scores = score(checkpoint, samples, layout, TrainerOptions(micro_batch_size=MICRO_BATCH), progress=ticks[1])
     rollout = np.concatenate([sample.logprobs for sample in samples])
     trainer = {mode: np.concatenate(found.logprobs) for mode, found in scores.items()}
     sides = {
-        mode: Comparison.of(trainer[mode], rollout, found.agreement, found.rows_equal if mode == "replay" else 0)
+        mode: Comparison.of(trainer[mode], rollout, found.agreement, found.routes_equal if mode == "replay" else 0)
         for mode, found in scores.items()
     }
     payload = payload_sizes(samples, facts)
     report = {
         "model": f"Qwen3-MoE, {facts.num_layers} layers, {facts.num_experts} experts, top-{facts.topk}, {args.dtype}",
-        "layout": {"ep": args.ep, "world_size": layout.world_size},
+        "layout": {"ep": args.expert_model_parallel_size, "world_size": layout.world_size},
         **{mode: side.to_json() for mode, side in sides.items()},
         "ratio_k3": sides["replay"].gap.k3 / sides["live"].gap.k3,
         "payload_bytes_per_token": payload,

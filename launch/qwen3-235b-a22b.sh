@@ -16,20 +16,7 @@
 # More flags of r3_adapter/arguments.py may follow; they win over those below.
 set -euo pipefail
 source "$(dirname "$0")/start.sh"
-
-HF_CHECKPOINT=${HF_CHECKPOINT:-/shared/Qwen3-235B-A22B}
-RUN_DIR=${RUN_DIR:-runs/qwen3-235b-a22b}
-MODEL_CONFIG=${MODEL_CONFIG:-launch/configs/qwen3-235b-a22b.json}
-TASK=${TASK:-sort} # "package.module:Class" of your own, see r3_adapter/rl/tasks.py:Task
-RAY_ADDRESS=${RAY_ADDRESS:-auto}
-NUM_NODES=${NUM_NODES:-24}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-GPU_MEMORY_GIB=${GPU_MEMORY_GIB:-79}
-
-R3_ARGS=(
-    --r3
-    --r3-staleness refuse
-)
+r3_model qwen3-235b-a22b /shared/Qwen3-235B-A22B 24 79
 
 # 94 layers on 4 stages: the first and the last have one less, for the embedding and the output layer.
 LAYOUT_ARGS=(

@@ -7,19 +7,7 @@
 # More flags of r3_adapter/arguments.py may follow; they win over those below.
 set -euo pipefail
 source "$(dirname "$0")/start.sh"
-
-HF_CHECKPOINT=${HF_CHECKPOINT:-/models/Qwen3-30B-A3B}
-RUN_DIR=${RUN_DIR:-runs/qwen3-30b-a3b}
-MODEL_CONFIG=${MODEL_CONFIG:-launch/configs/qwen3-30b-a3b.json}
-TASK=${TASK:-sort} # "package.module:Class" of your own, see r3_adapter/rl/tasks.py:Task
-NUM_NODES=${NUM_NODES:-1}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-GPU_MEMORY_GIB=${GPU_MEMORY_GIB:-79}
-
-R3_ARGS=(
-    --r3
-    --r3-staleness refuse
-)
+r3_model qwen3-30b-a3b /models/Qwen3-30B-A3B 1 79
 
 # The experts are cut 4 ways, attention 2 ways. Adam's states would be 12 bytes a parameter: they stay on the host.
 LAYOUT_ARGS=(

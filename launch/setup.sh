@@ -5,7 +5,8 @@
 # SGLANG_VERSION, MEGATRON_VERSION: pins, of those in launch/pins/ and patches/megatron-core/. Default: sglang 0.5.20; megatron-core 0.19.2
 # from Python 3.12 on, 0.16.1 before.
 # R3_VENV: the folder of the environment. Default: .venv, or .venv-3.12, .venv-3.13 and so on, and behind it each pin that is not the default.
-# R3_EXTRAS: extras of pyproject.toml to install; default: "gpu" where nvidia-smi finds one, else "cpu".
+# R3_EXTRAS: extras of pyproject.toml to install; default: "gpu" where nvidia-smi finds one, else "cpu"; with megatron-core 0.19 and
+# newer also "bridge", and megatron-bridge with it.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -32,7 +33,7 @@ r3_pin() {
     exit 2
 }
 
-# Say in VENV, SGLANG, MEGATRON and PINS what is installed where.
+# Say in VENV, SGLANG, MEGATRON, BRIDGE and PINS what is installed where; BRIDGE is empty where it is not to be.
 r3_choose() {
     local sglang=0.5.20 megatron=0.16.1 newer series
     local -a known=(launch/pins/sglang-*.txt)
@@ -50,18 +51,24 @@ r3_choose() {
     r3_pin MEGATRON_VERSION megatron-core "$MEGATRON" "${known[@]%/series}"
     [ "$SGLANG" = "$sglang" ] || VENV+=-sglang-$SGLANG
     [ "$MEGATRON" = "$megatron" ] || VENV+=-megatron-core-$MEGATRON
-    VENV=${R3_VENV:-$VENV} PINS=launch/pins/sglang-$SGLANG.txt SGLANG=sglang==$SGLANG MEGATRON=megatron-core==$MEGATRON
+    VENV=${R3_VENV:-$VENV} PINS=launch/pins/sglang-$SGLANG.txt SGLANG=sglang==$SGLANG MEGATRON=megatron-core==$MEGATRON BRIDGE=
+    # megatron-bridge is for Python 3.12 alone, and for transformers up to 5.12.1.
+    if [ "$newer" = -3.12 ] && [[ $MEGATRON = megatron-core==0.19.* ]] && grep -q '^transformers==5\.12\.' "$PINS"; then
+        BRIDGE=megatron-bridge==0.6.2
+    fi
 }
 r3_choose
 
 r3_extras() {
-    if [ -n "${R3_EXTRAS:-}" ]; then echo "$R3_EXTRAS"; elif nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi
+    local extras
+    if [ -n "${R3_EXTRAS:-}" ]; then extras=$R3_EXTRAS; elif nvidia-smi -L >/dev/null 2>&1; then extras=gpu; else extras=cpu; fi
+    echo "$extras${BRIDGE:+,bridge}"
 }
 
 # What the installation was made from: a change of it means to install again.
 r3_fingerprint() {
     {
-        echo "$SGLANG $MEGATRON"
+        echo "$SGLANG $MEGATRON $BRIDGE"
         r3_extras
         "$PYTHON" --version
         cat launch/setup.sh pyproject.toml "$PINS"
@@ -74,7 +81,7 @@ r3_install() {
     extras=$(r3_extras)
     r3_say "installing $SGLANG, $MEGATRON and the package ($extras) into $VENV"
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-    if [ "$extras" = cpu ]; then
+    if [ "${extras%,bridge}" = cpu ]; then
         # torch first and alone: everything after it must take what is there.
         $pip --constraint "$PINS" torch
         $pip --constraint "$PINS" "$MEGATRON" --editable ".[$extras,report,rl,test]"
@@ -83,6 +90,7 @@ r3_install() {
     else
         $pip "$SGLANG" "$MEGATRON" --editable ".[$extras,report,rl,test]"
     fi
+    [ -z "$BRIDGE" ] || $pip --no-deps "$BRIDGE"
     r3_patch
 }
 
@@ -116,4 +124,11 @@ r3_setup() {
         echo "$want" >"$VENV/.r3-setup"
     fi
     "$VENV/bin/r3" patch verify sglang megatron-core >&2
+}
+
+# Run the tests on several workers: engines wait for each other much of the time.
+r3_pytest() {
+    local cores
+    cores=$(nproc)
+    "$VENV/bin/python" -m pytest --numprocesses $((cores < 2 ? 2 : cores < 8 ? cores : 8)) --dist loadfile "$@"
 }

@@ -119,13 +119,7 @@ OTHER_ARGS=(
 FLAGS=("${R3_ARGS[@]}" "${MODEL_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${POLICY_ARGS[@]}" "${OTHER_ARGS[@]}"
     --hf-checkpoint "$HF_CHECKPOINT" --ref-load "$TORCH_DIST" --load "$SAVE" --save "$SAVE" --save-interval 20 "$@")
 
-# Both run with r3_adapter installed beside slime; the dry run needs r3_adapter alone.
-CHECK=(-m r3_adapter.frameworks.slime.flags "${FLAGS[@]}")
-if [ "${DRY_RUN:-0}" = 1 ]; then
-    "${R3_PYTHON:-.venv/bin/python}" "${CHECK[@]}"
-    r3_show "$PYTHON" "$SLIME_DIR/train.py" "${FLAGS[@]}"
-    exit
-fi
-"$PYTHON" "${CHECK[@]}"
+# A start checks with slime's own interpreter; the dry run needs r3_adapter alone.
+[ "${DRY_RUN:-0}" != 1 ] || CHECK_PYTHON=${R3_PYTHON:-.venv/bin/python}
 export PYTHONPATH="$MEGATRON_DIR:$SLIME_DIR${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS=1
-exec "$PYTHON" "$SLIME_DIR/train.py" "${FLAGS[@]}"
+r3_framework r3_adapter.frameworks.slime.flags "$SLIME_DIR/train.py"

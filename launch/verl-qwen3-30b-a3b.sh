@@ -87,9 +87,4 @@ POLICY_ARGS=(
 )
 
 FLAGS=("${R3_ARGS[@]}" "${LAYOUT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${POLICY_ARGS[@]}" "$@")
-"$PYTHON" -W ignore -m r3_adapter.frameworks.verl.flags "${FLAGS[@]}"
-if [ "${DRY_RUN:-0}" = 1 ]; then
-    r3_show "$PYTHON" -m verl.trainer.main_ppo "${FLAGS[@]}"
-    exit
-fi
-exec "$PYTHON" -m verl.trainer.main_ppo "${FLAGS[@]}"
+r3_framework r3_adapter.frameworks.verl.flags -m verl.trainer.main_ppo

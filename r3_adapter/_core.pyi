@@ -12,7 +12,7 @@ import numpy.typing as npt
 def find_bad_row(
     topk_ids: npt.NDArray[Any], version_ids: npt.NDArray[np.int32], num_experts: int
 ) -> tuple[int, int] | None:
-    """Return (token, layer) of the first wrong row, or None.
+    """Return (token, layer) of the first wrong route, or None.
 
     topk_ids: [S, M, K] uint8 or uint16.
     version_ids: [S] int32; a row with a version >= 0 needs K distinct ids below num_experts, any other row only 0.
@@ -35,6 +35,7 @@ def repack(
     num_threads: int = 1,
     stream_from: int = 1 << 22,
     balance_last: bool = False,
+    slot_of: npt.NDArray[np.int32] | None = None,
 ) -> None:
     """Write what a rank's MoE layers need of the traces of a micro-batch.
 
@@ -51,6 +52,8 @@ def repack(
     version_maps: [V] int32 of each sample, or None: what row_versions calls each of the sample's versions instead.
     stream_from: bytes of `out` from which on it is written past the cache; changes the time only.
     balance_last: write a sample's last token, if it was not captured, as padding.
+    slot_of: [M_local, E] int32; what to write in the place of each expert, a permutation for each layer; padding is not
+        looked up.
     """
 
 def count_experts(
@@ -136,19 +139,27 @@ def place(
 
 def compose(
     *,
-    loads: npt.NDArray[np.float32],
+    counts: npt.NDArray[np.int32],
+    expert_at: npt.NDArray[np.int32],
     tokens: npt.NDArray[np.int64],
     step_of: npt.NDArray[np.int32],
+    part_of: npt.NDArray[np.int32],
+    num_ranks: int,
     num_steps: int,
+    num_groups: int,
+    num_parts: int,
     max_tokens: int,
+    attention: float,
     seed: int,
     num_moves: int,
+    num_threads: int = 1,
 ) -> int:
-    """Write in which micro-step each sample goes; return how many there are.
+    """Write in which part of which micro-step each sample goes; return how many micro-steps there are.
 
-    loads: [S, R, L] float32; tokens that a sample sends to each rank in each layer.
-    tokens: [S] int64. step_of: [S] int32, written.
-    num_steps: at least; there are more if samples do not fit into as many.
-    max_tokens: of a micro-step; a longer sample has one for itself.
-    num_moves: tried.
+    counts: [S, L, E] int32; tokens of a sample at each expert. expert_at: [L, E] int32; the expert of each slot.
+    tokens: [S] int64. step_of, part_of: [S] int32, written.
+    num_steps: at least; there are more, by num_groups each time, if samples do not fit into as many.
+    max_tokens: of a part; a longer sample has one for itself.
+    attention: weight of the squares of lengths.
+    num_moves: tried, about.
     """

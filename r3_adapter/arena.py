@@ -1,4 +1,4 @@
-"""Big arrays that are used again: a page is cleared and mapped at its first touch, which costs more than a copy."""
+"""Reuse memory for big arrays: the first touch of a new page costs more than a copy, since it is cleared and mapped."""
 
 import weakref
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
 
 
 class _Loan:
-    """What an array refers to instead of the memory that it lies in, and with it all views of the array."""
+    """The owner that an array, and every view of it, refers to instead of the block that its memory is in."""
 
     def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
         self.memory = memory
@@ -39,10 +39,10 @@ class _Block:
 
 
 class Arena:
-    """Hands out arrays, and gives their memory to others once nothing refers to them any more.
+    """Hands out arrays, and reuses their memory once nothing refers to them any more.
 
-    A view of an array and a tensor that shares its memory refer to it too, so that no array changes while somebody
-    holds it. Not for several threads at once.
+    A view of an array, or a tensor that shares its memory, counts as a reference, so an array that is held never
+    changes. Not safe for several threads at once.
 
     allocate: returns [n] uint8 for n bytes; for memory of another kind, for instance pinned:
         `lambda n: torch.empty(n, dtype=torch.uint8, pin_memory=True).numpy()`.

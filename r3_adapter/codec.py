@@ -1,6 +1,6 @@
-"""A smaller wire form: each row's experts as the rank of their set, and what traces begin with in common only once.
+"""A smaller wire form: each route's experts as the rank of their set, and a prefix that traces share only once.
 
-A row of 8 of 128 experts takes 41 bits instead of 64. The order of a row's ids is lost: they come back sorted.
+A route of 8 of 128 experts takes 41 bits instead of 64. The order of a route's ids is lost: they come back sorted.
 S: tokens of a sample; M: MoE layers; K: experts a token; E: experts of a layer; N: traces; R: rows that are coded.
 """
 
@@ -102,9 +102,9 @@ def encode_all(traces: Sequence[RoutingTrace]) -> bytes:
 
 
 def decode_all(data: Data, *, place: str = "traces", max_bytes: int | None = None) -> list[RoutingTrace]:
-    """Return the traces of a wire form in their order, with the ids of each row sorted.
+    """Return the traces of a wire form in their order, with the ids of each route sorted.
 
-    max_bytes: what their ids may take at most; default: MOST_GROWTH times the message for ids and tokens.
+    max_bytes: most memory that their ids may take; default: MOST_GROWTH times the message for ids and tokens.
 
     Raises:
         TraceError: bytes that are no wire form, traces whose digests differ or whose ids would take more than
@@ -242,13 +242,13 @@ def _num_shared(before: RoutingTrace, trace: RoutingTrace) -> int:
 
 
 def _sorted_ids(trace: RoutingTrace) -> RoutingTrace:
-    """Return the trace as it comes back: with the ids of each row sorted."""
+    """Return the trace as it comes back: with the ids of each route sorted."""
     return replace(trace, topk_ids=freeze(np.sort(trace.topk_ids, axis=2)))
 
 
 def _num_code_bytes(version_ids: npt.NDArray[np.int32], num_layers: int, num_experts: int, topk: int) -> int:
-    rows = int(np.count_nonzero(version_ids >= 0)) * num_layers
+    routes = int(np.count_nonzero(version_ids >= 0)) * num_layers
     try:
-        return (rows * _core.set_bits(num_experts, topk) + 7) // 8
+        return (routes * _core.set_bits(num_experts, topk) + 7) // 8
     except ValueError as error:
         raise TraceError(f"{error}") from error

@@ -22,9 +22,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from r3_adapter.errors import PatchError
-from r3_adapter.installed import State, Status, advice, explain
 from r3_adapter.machine import gpu_driver, version_of
-from r3_adapter.patching import status
+from r3_adapter.patch.installed import State, Status, advice, explain
+from r3_adapter.patch.packages import status
 from r3_adapter.watchdog import FOLDERS, MEMORY
 
 GIB = 1 << 30
@@ -99,11 +99,11 @@ def ask_python() -> Iterator[Finding]:
 def core(module: str) -> Finding:
     """Try to import the compiled module, in a process of its own: one of another build may end it."""
     mine = f"r3-adapter {version('r3-adapter')}"
-    failed = _import_fails(module)
+    failed = _fails(f"import {module} as core; from r3_adapter.compiled import check_core; check_core(core)")
     if not failed:
         return Finding("r3_adapter", Grade.GOOD, f"{mine}, and its compiled module")
-    todo = "build it for this interpreter: `pip install --force-reinstall --no-deps` with the source or wheel of it"
-    return Finding("r3_adapter", Grade.BAD, f"{mine}, but {module} cannot be imported: {failed}", todo)
+    todo = "build it here: `pip install --force-reinstall --no-deps` with the source or wheel of it"
+    return Finding("r3_adapter", Grade.BAD, f"{mine}, but {module} cannot be used: {failed}", todo)
 
 
 def ask_torch() -> Iterator[Finding]:
@@ -132,7 +132,7 @@ def _gpus(cuda: str | None, gpus: Sequence[str]) -> Finding:
         return Finding("GPU", Grade.NOTE, "none: both engines run on the CPU, for tests and small models")
     why = f"this torch is built for CUDA {cuda}" if cuda else "this torch is built without CUDA"
     todo = "install a build of torch for this driver"
-    return Finding("GPU", Grade.BAD, f"there is one (driver {driver}), which torch does not see: {why}", todo)
+    return Finding("GPU", Grade.BAD, f"there is one (driver {driver}), but torch does not see it: {why}", todo)
 
 
 def ask_engines(site: Path | None = None) -> Iterator[Finding]:
@@ -177,14 +177,14 @@ def ask_packages() -> Iterator[Finding]:
     """Whether what the loop and its report need is there."""
     for name, extra, what in (
         ("ray", "rl", "the loop"),
-        ("plotly", "report", "reports"),
+        ("bokeh", "report", "reports"),
         ("transformers", "cpu", "models"),
     ):
         if (found := version_of(name)) is not None:
             yield Finding(name, Grade.GOOD, found)
             continue
         todo = f"`pip install 'r3-adapter[{extra}]'` brings it"
-        yield Finding(name, Grade.NOTE, f"not installed: {what} cannot be had", todo)
+        yield Finding(name, Grade.NOTE, f"not installed: {what} need it", todo)
 
 
 def ask_memory() -> Iterator[Finding]:
@@ -252,9 +252,9 @@ QUESTIONS: tuple[Callable[[], Iterator[Finding]], ...] = (
 )
 
 
-def _import_fails(module: str) -> str:
-    """Return why a module cannot be imported; nothing if it can."""
-    done = _python(f"import {module}")
+def _fails(script: str) -> str:
+    """Return why a script fails; nothing if it does not."""
+    done = _python(script)
     return "" if done.returncode == 0 else _last(done.stderr) or f"the interpreter ended with {done.returncode}"
 
 

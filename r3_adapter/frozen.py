@@ -1,4 +1,4 @@
-"""Memory that nobody writes any more: what was checked once there stays right."""
+"""Arrays whose memory is never written again, so that one check of them stays valid."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class _Frozen:
 
 
 def freeze(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return a view of an array that stays as it is; whoever calls this promises that nothing writes its memory."""
+    """Return a read-only view of an array; the caller promises that nothing writes its memory."""
     return np.asarray(_Frozen(array))
 
 

@@ -69,7 +69,13 @@ class ParallelLayout:
     def smallest(
         cls, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, ep: int = 1, etp: int | None = None, dp: int = 1
     ) -> "ParallelLayout":
-        """Return the layout of the smallest world that the dense and the expert grid both divide."""
+        """Return the layout of the smallest world that the dense and the expert grid both divide.
+
+        dp: the least number of copies of the dense layers; a multiple of it may be needed.
+
+        Raises:
+            LayoutError: a size that is no whole number or below 1, or chunks without a pipeline.
+        """
         sizes = {"tp": tp, "cp": cp, "dp": dp, "etp": tp if etp is None else etp, "ep": ep}
         tp, cp, dp, expert_tp, ep = (check_whole(name, size, error=LayoutError) for name, size in sizes.items())
         for name, size in sizes.items():
@@ -91,6 +97,7 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.stage_size * self.pp
 
     def coords(self, rank: int) -> RankCoords:
@@ -121,15 +128,15 @@ class Packing:
 
     qkv_format: "sbhd", every sample padded to one sequence length, rows in Megatron's order: row r is token r // b of
         sample r % b, of b samples; or "thd", the samples one after the other in a batch of 1.
-    rooms: the tokens of each sample, padding included; of a stream with padding behind its last sample, that sample's
-        room includes it, or it is a sample of no tokens.
+    rooms: the padded length of each sample. Padding at the end of a stream belongs to the padded length of the last
+        sample, or is a sample of no tokens.
     cp_cut: "zigzag", a context parallel rank has two of 2 * cp chunks of each sample; or "contiguous", one of cp equal
         intervals: of each sample's sequence in "sbhd", of the whole stream in "thd", where a sample may lie on several
         ranks.
 
     Raises:
-        LayoutError: another format or cut, no samples, a room that is no whole number or below 0, or rooms that differ
-            in "sbhd".
+        LayoutError: another format or cut, no samples, a padded length that is no whole number or below 0, or padded
+            lengths that differ in "sbhd".
     """
 
     qkv_format: QkvFormat
@@ -144,9 +151,9 @@ class Packing:
             raise LayoutError(f"a {self.qkv_format} micro-batch without samples")
         for sample, room in enumerate(self.rooms):
             if room < 0:
-                raise LayoutError(f"room ({room}) of sample {sample} < 0")
+                raise LayoutError(f"padded length ({room}) of sample {sample} < 0")
             if self.qkv_format == "sbhd" and room != self.rooms[0]:
-                raise LayoutError(f"room ({room}) of sample {sample} != {self.rooms[0]} of sample 0 in sbhd")
+                raise LayoutError(f"padded length ({room}) of sample {sample} != {self.rooms[0]} of sample 0 in sbhd")
 
     @classmethod
     def padded(cls, num_samples: int, seq_length: int, *, cp_cut: CpCut = "zigzag") -> "Packing":
@@ -158,7 +165,9 @@ class Packing:
     def packed(
         cls, cu_seqlens_padded: Sequence[int] | npt.NDArray[np.integer], *, cp_cut: CpCut = "zigzag"
     ) -> "Packing":
-        """Return the packing "thd" of samples that begin and end at [num_samples + 1] cumulated padded lengths.
+        """Return the packing "thd" of samples that begin and end at cumulated padded lengths.
+
+        cu_seqlens_padded: [num_samples + 1] integers from 0 on, that do not decrease.
 
         Raises:
             LayoutError: lengths that are no whole numbers, do not begin with 0, or decrease.
@@ -170,6 +179,7 @@ class Packing:
 
     @property
     def num_samples(self) -> int:
+        """Number of samples of the micro-batch."""
         return len(self.rooms)
 
     @property
@@ -199,7 +209,7 @@ def local_num_tokens(packing: Packing, layout: ParallelLayout) -> int:
     if packing.cp_cut == "zigzag" and cp > 1:
         for sample, room in enumerate(packing.rooms):
             if room % (2 * cp):
-                raise LayoutError(f"2 * cp ({2 * cp}) does not divide room ({room}) of sample {sample}")
+                raise LayoutError(f"2 * cp ({2 * cp}) does not divide padded length ({room}) of sample {sample}")
     rows = length // cp
     if rows % tp:
         raise LayoutError(f"tp ({tp}) does not divide the {rows} sequence rows of a cp rank in {_form(packing)}")
@@ -257,7 +267,7 @@ def _cp_pieces(
     if cp == 1:
         return samples, np.zeros_like(rooms), rooms
     if packing.cp_cut == "contiguous":
-        # Where a sample begins: on its own axis if each is cut, else in the stream.
+        # First position of a sample: 0 if each sample is cut by itself, else its place in the stream.
         begins = np.zeros_like(rooms) if packing.qkv_format == "sbhd" else np.cumsum(rooms) - rooms
         share = (packing.rooms[0] if packing.qkv_format == "sbhd" else packing.num_tokens) // cp
         first = np.clip(cp_rank * share - begins, 0, rooms)

@@ -33,7 +33,9 @@ class Gap:
 
 
 def gap(trainer: Logprobs, rollout: Logprobs) -> Gap:
-    """Compare [N] log-probabilities of the same tokens.
+    """Compare log-probabilities of the same tokens.
+
+    trainer, rollout: [N] float32 or float64; natural logarithms.
 
     Raises:
         R3Error: different shapes, no token, or a value that is not finite.

@@ -22,7 +22,7 @@ Token = tuple[int, int]
 def find_bad_row(
     topk_ids: npt.NDArray[Any], version_ids: npt.NDArray[np.int32], num_experts: int
 ) -> tuple[int, int] | None:
-    """Return (token, layer) of the first row that is no route though captured, or not zero though not captured."""
+    """Return (token, layer) of the first ids that are no route though captured, or not zero though not captured."""
     for token, layers in enumerate(topk_ids.tolist()):
         for layer, row in enumerate(layers):
             if version_ids[token] < 0:
@@ -75,6 +75,7 @@ def repack(
     input_ids: npt.NDArray[np.integer] | None = None,
     dtype: npt.DTypeLike = np.int16,
     last_row: LastRow = "live",
+    slot_of: npt.NDArray[np.int32] | None = None,
 ) -> RankRoutes:
     """Return what `r3_adapter.repack.repack` returns, with one segment a row."""
     tokens = tokens_of_rank(packing, layout, rank)
@@ -100,12 +101,15 @@ def repack(
             row_versions[row] = table.index(trace.weight_versions[trace.version_ids[pos]])
             every = dict(zip(trace.layer_ids.tolist(), trace.topk_ids[pos].tolist(), strict=True))
             ids = {layer: every[layer] for layer in layer_ids}
+            if slot_of is not None:
+                slots = dict(zip(layer_ids, slot_of.tolist(), strict=True))
+                ids = {layer: [slots[layer][expert] for expert in row] for layer, row in ids.items()}
         for m, layer in enumerate(layer_ids):
             topk_ids[m, row] = ids[layer]
     segments = np.array([(sample, pos, 1, row, 1) for row, (sample, pos) in enumerate(tokens)], dtype=np.int64)
     layers = np.array(layer_ids, dtype=np.int32)
     return RankRoutes(
-        topk_ids, row_versions, tuple(table), layers, segments.reshape(-1, 5), num_experts, traces[0].model
+        topk_ids, row_versions, tuple(table), layers, segments.reshape(-1, 5), num_experts, traces[0].model, slot_of
     )
 
 
@@ -154,7 +158,11 @@ def collect(
             for m, layer in enumerate(shard.layer_ids.tolist()):
                 if (sample, pos, layer) in routes:
                     raise TraceError(f"sample {sample}, token {pos}, layer {layer} is there twice")
-                routes[sample, pos, layer] = shard.topk_ids[m, row].tolist()
+                ids = shard.topk_ids[m, row].tolist()
+                if shard.slot_of is not None:
+                    experts = {slot: expert for expert, slot in enumerate(shard.slot_of[m].tolist())}
+                    ids = [experts.get(slot, slot) for slot in ids]
+                routes[sample, pos, layer] = ids
     traces = []
     for sample, tokens in enumerate(token_ids):
         topk_ids = np.zeros((len(tokens), len(layer_ids), shards[0].topk_ids.shape[2]), dtype=ids_dtype(num_experts))

@@ -27,8 +27,8 @@ LastRow = Literal["live", "balanced"]
 class RankRoutes:
     """The routes of a micro-batch that one rank's MoE layers need.
 
-    topk_ids: [M_local, T, K] uint8, uint16, int16, int32 or int64, C-contiguous; distinct expert ids in a row; all bits
-        set (-1 where signed) in a live row; ids that load experts evenly in a padding row.
+    topk_ids: [M_local, T, K] uint8, uint16, int16, int32 or int64, C-contiguous; distinct expert ids in a route; all
+        bits set (-1 where signed) in a live row; ids that load experts evenly in a padding row.
     row_versions: [T] int32; index into weight_versions of a replayed row, LIVE, or PADDING, which is also that of a
         sample's last token with `last_row="balanced"`.
     weight_versions: names of the weights that computed the rows.
@@ -36,6 +36,8 @@ class RankRoutes:
     segments: [N, 5] int64; which tokens lie at which rows, as `local_segments` gives them.
     num_experts: E.
     model: of the traces that the routes are of; None where it is not known.
+    slot_of: [M_local, E] int32; where each expert lies, in rows of layer_ids: ids are slots then, not experts. None
+        where experts lie in their order.
     """
 
     topk_ids: npt.NDArray[Any]
@@ -45,11 +47,12 @@ class RankRoutes:
     segments: npt.NDArray[np.int64]
     num_experts: int
     model: ModelId | None = None
+    slot_of: npt.NDArray[np.int32] | None = None
     _counts: npt.NDArray[np.int64] | None = field(default=None, init=False, repr=False)
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """[M_local, E] int64; rows of each expert, replayed and padding; live rows are not known yet.
+        """[M_local, E] int64; tokens of each expert, or slot, replayed and padding; where live rows go is not known.
 
         Counted when first asked for, unless `repack` was asked to count in its own pass.
 
@@ -100,6 +103,7 @@ def repack(
     count: bool = False,
     arena: Arena | None = None,
     last_row: LastRow = "live",
+    slot_of: npt.NDArray[np.int32] | None = None,
 ) -> RankRoutes:
     """Return what a rank's MoE layers need of the traces of a micro-batch, in one pass.
 
@@ -109,14 +113,16 @@ def repack(
         layout: sizes of the trainer's parallel dimensions.
         rank: global rank.
         layer_ids: [M_local] global decoder layer of each MoE layer of this rank, in the order of its routers.
-        input_ids: the micro-batch's tokens on this context parallel rank, as Megatron's embedding gets them:
-            [b, s_local] in "sbhd", [t_local] in "thd"; compared with the tokens of the traces except in padding.
+        input_ids: [b, s_local] integers in "sbhd", [t_local] in "thd"; the micro-batch's tokens on this context
+            parallel rank, as Megatron's embedding gets them; compared with the traces' tokens except in padding.
         dtype: of the ids; uint8, uint16, int16, int32 or int64.
         num_threads: threads to copy with.
         count: fill `counts` in the same pass; without it they are counted when they are first asked for.
         arena: memory for the ids and the row versions that is used again; default: new memory each time.
         last_row: "balanced": the last token of a trace, if it has no route, is given experts as padding is, and counted
             as padding; `collect` does not take such shards back. Other rows without a route are live.
+        slot_of: [M_local, E] int32, C-contiguous; where each expert of the rank's layers lies, a permutation for each;
+            ids are then slots. `collect` makes experts of them again.
 
     Raises:
         TraceError: traces that disagree, or whose tokens are not those of the micro-batch; names sample and position.
@@ -142,6 +148,7 @@ def repack(
         segments=segments,
         num_experts=num_experts,
         model=traces[0].model,
+        slot_of=slot_of,
     )
     counts = np.empty((len(local_layers), num_experts), dtype=np.int64) if count else None
     try:
@@ -160,6 +167,7 @@ def repack(
             version_maps=maps,
             num_threads=check_whole("num_threads", num_threads, error=LayoutError),
             balance_last=last_row == "balanced",
+            slot_of=slot_of,
         )
     except ValueError as error:
         raise TraceError(f"rank {rank}: {error}") from error
@@ -177,8 +185,8 @@ def collect(
 ) -> list[RoutingTrace]:
     """Return the traces that the shards of all ranks hold together: the inverse of `repack`.
 
-    A live row comes back as not captured. weight_versions of a trace names what its rows use, in the order of their
-    first use.
+    Slots come back as experts. A live row comes back as not captured. weight_versions of a trace names what its rows
+    use, in the order of their first use.
 
     Args:
         shards: of one copy of the micro-batch; each token and layer in exactly one of them.
@@ -188,8 +196,8 @@ def collect(
         num_threads: threads to copy with.
 
     Raises:
-        TraceError: a token and layer that no shard or more than one holds, an id out of range or twice in a row, shards
-            that disagree on the version of a token; names sample, token and layer.
+        TraceError: a token and layer that no shard or more than one holds, an id out of range or twice in a route,
+            shards that disagree on the version of a token; names sample, token and layer.
         LayoutError: no shards, or a layer that is none of layer_ids.
     """
     if not shards:
@@ -203,7 +211,7 @@ def collect(
     version_ids = [np.empty(len(ids), dtype=np.int32) for ids in token_ids]
     try:
         _core.collect(
-            ids=[shard.topk_ids for shard in shards],
+            ids=[shard.topk_ids if shard.slot_of is None else _experts(shard) for shard in shards],
             row_versions=row_versions,
             segments=[shard.segments for shard in shards],
             layer_indices=layer_indices,
@@ -225,6 +233,17 @@ def collect(
     return traces
 
 
+def _experts(shard: RankRoutes) -> npt.NDArray[Any]:
+    """Return the ids of a shard of slots as experts; ids that are no slots stay as they are and are refused later."""
+    assert shard.slot_of is not None
+    expert_at = np.argsort(shard.slot_of, axis=1)
+    ids = shard.topk_ids.astype(np.int64)
+    inside = (ids >= 0) & (ids < shard.num_experts)
+    layer = np.arange(len(ids))[:, None, None]
+    found = np.where(inside, expert_at[layer, np.where(inside, ids, 0)], ids)
+    return np.ascontiguousarray(found.astype(shard.topk_ids.dtype))
+
+
 def one_model(shards: Sequence[RankRoutes]) -> ModelId | None:
     """Return the model that all shards are of.
 
@@ -244,7 +263,7 @@ def _check_traces(traces: Sequence[RoutingTrace], packing: Packing) -> None:
     for sample, trace in enumerate(traces):
         if trace.num_tokens > packing.rooms[sample]:
             raise LayoutError(
-                f"trace of {trace.num_tokens} tokens > room ({packing.rooms[sample]}) of sample {sample} in the packing"
+                f"trace of {trace.num_tokens} tokens > padded length ({packing.rooms[sample]}) of sample {sample}"
             )
         for name in ("num_experts", "topk", "model"):
             if getattr(trace, name) != getattr(first, name):

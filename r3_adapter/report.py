@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -16,9 +16,9 @@ from rich.table import Table
 from r3_adapter.metrics import Gap, Logprobs, gap
 from r3_adapter.signals import say
 
-_FIGURES = (("reward", "reward"), ("k3", "k3"), ("gradient norm", "grad_norm"))
+_FIGURES = (("reward", "reward"), ("eval reward", "eval_reward"), ("k3", "k3"), ("gradient norm", "grad_norm"))
 QUIET_S = 30.0
-"""Between two lines of steps that have no figures."""
+"""Between two lines of steps that have no metrics."""
 
 Tick = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
@@ -29,26 +29,26 @@ class Comparison:
     """A trainer's pass over the tokens of a rollout, in one mode.
 
     agreement: by global decoder layer, the share of the routes' experts that the trainer's router used.
-    rows_replayed: (token, layer) rows in which it used exactly the route's experts because they were given to it.
+    routes_replayed: those whose experts it used, and no others, because they were given to it.
     """
 
     gap: Gap
     agreement: Mapping[int, float]
-    rows_replayed: int
+    routes_replayed: int
 
     @classmethod
-    def of(cls, trainer: Logprobs, rollout: Logprobs, agreement: Mapping[int, float], rows: int) -> "Comparison":
+    def of(cls, trainer: Logprobs, rollout: Logprobs, agreement: Mapping[int, float], routes: int) -> "Comparison":
         """Compare [N] log-probabilities of the same tokens."""
-        return cls(gap(trainer, rollout), agreement, rows)
+        return cls(gap(trainer, rollout), agreement, routes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as a flat object, agreement by layer."""
+        """Return a flat object, with agreement by layer."""
         agreement = {str(layer): share for layer, share in self.agreement.items()}
-        return {**asdict(self.gap), "agreement": agreement, "rows_replayed": self.rows_replayed}
+        return {**asdict(self.gap), "agreement": agreement, "routes_replayed": self.routes_replayed}
 
 
 def comparison_table(live: Comparison, replay: Comparison, payload: Mapping[str, float]) -> Table:
-    """Return the figures side by side; payload: bytes a token by name."""
+    """Return both modes side by side; payload: bytes a token by name."""
     table = Table(title="Trainer against rollout, over the same tokens")
     table.add_column("")
     table.add_column("live routers", justify="right")
@@ -60,7 +60,7 @@ def comparison_table(live: Comparison, replay: Comparison, payload: Mapping[str,
         ("k3 KL", lambda c: f"{c.gap.k3:.2e}"),
         ("F(1.2)", lambda c: f"{c.gap.f_1_2:.2e}"),
         ("F(2)", lambda c: f"{c.gap.f_2:.2e}"),
-        ("rows replayed", lambda c: f"{c.rows_replayed:,}"),
+        ("routes replayed", lambda c: f"{c.routes_replayed:,}"),
     ]
     for name, show in rows:
         table.add_row(name, show(live), show(replay))
@@ -106,9 +106,13 @@ def plot_comparison(
 
 @contextmanager
 def progress_bars(names: Sequence[str]) -> Iterator[list[Tick]]:
-    """Show a bar for each name on stderr; yield the functions that move them."""
+    """Show a bar for each name on stderr, or lines where that is no terminal; yield the functions that move them."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield [_lines(name) for name in names]
+        return
     columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console) as progress:
         tasks = [progress.add_task(name, total=None, start=False) for name in names]
 
         def ticker(task: Any) -> Tick:
@@ -121,8 +125,25 @@ def progress_bars(names: Sequence[str]) -> Iterator[list[Tick]]:
         yield [ticker(task) for task in tasks]
 
 
-Show = Callable[[Mapping[str, Any]], None]
-"""Takes the metrics of a step, once it is done."""
+def _lines(name: str) -> Tick:
+    """Return what says how far something is: as it begins, at most every half minute, and at its end."""
+    start = said = time.monotonic()
+    last = -1
+
+    def tick(done: int, total: int) -> None:
+        nonlocal said, last
+        now = time.monotonic()
+        if done != last and (last < 0 or done == total or now - said >= QUIET_S):
+            said, last = now, done
+            say(f"{name}: {done} of {total} ({now - start:.1f} s)")
+
+    return tick
+
+
+class Show(Protocol):
+    """Takes how many steps are done, the metrics of the last one, and what else is to be said of it."""
+
+    def __call__(self, done: int, step: Mapping[str, Any], note: str = "") -> None: ...
 
 
 @contextmanager
@@ -133,7 +154,7 @@ def run_progress(name: str, total: int, done: int = 0) -> Iterator[Show]:
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _step_lines(name, total, done)
+        yield _step_lines(name, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -146,47 +167,51 @@ def run_progress(name: str, total: int, done: int = 0) -> Iterator[Show]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(escape(name), total=total, completed=done, figures="")
 
-        def show(step: Mapping[str, Any]) -> None:
-            progress.update(task, advance=1, figures=_figures(step))
+        def show(done: int, step: Mapping[str, Any], note: str = "") -> None:
+            # After a fault of the trainer, steps are made again.
+            progress.update(task, completed=done, figures=_figures(step, note))
 
         yield show
 
 
-def _step_lines(name: str, total: int, done: int) -> Show:
+def _step_lines(name: str, total: int) -> Show:
     """Return what says each step in a line; steps without figures are said at most every half minute."""
     said = time.monotonic()
 
-    def show(step: Mapping[str, Any]) -> None:
-        nonlocal done, said
-        done, now = done + 1, time.monotonic()
+    def show(done: int, step: Mapping[str, Any], note: str = "") -> None:
+        nonlocal said
+        now = time.monotonic()
         if step or done == total or now - said >= QUIET_S:
             said = now
-            say(f"{name}: step {done} of {total}  {_figures(step)}".rstrip())
+            say(f"{name}: step {done} of {total}  {_figures(step, note)}".rstrip())
 
     return show
 
 
-def _figures(step: Mapping[str, Any]) -> str:
+def _figures(step: Mapping[str, Any], note: str) -> str:
     """Return what a step's line has: reward, k3, gradient norm, rows and seconds, as far as they are recorded."""
     rows, seconds = step.get("rows", {}), step.get("seconds", {})
     said = [f"{label} {step[key]:.3g}" for label, key in _FIGURES if key in step]
+    if step.get("grad_norm") == 0:
+        said[-1] += " (nothing to learn: the samples of each prompt have the same reward)"
     if "replayed" in rows:
         said.append(f"rows {rows['replayed']:,} replayed, {rows.get('live', 0):,} live, {rows.get('stale', 0):,} stale")
     if "step" in seconds:
         said.append(f"{seconds['step']:.1f} s")
-    return "  ".join(said)
+    return "  ".join([*said, *([note] if note else [])])
 
 
 def last_line(summary: Mapping[str, Any], page: Path) -> str:
     """Say in one line how a run went; what was not recorded is left out. summary: as summary.json has it."""
     said = [f"{summary['steps']:,} steps"]
     if "reward_first" in summary:
-        said.append(f"reward {summary['reward_first']:.3g} -> {summary['reward_last']:.3g}")
+        said.append(f"reward {summary['reward_first']:.3g} -> {summary['reward_last']:.3g} (first and last tenth)")
     if summary["collapsed"]:
         said.append("COLLAPSED")
     if "k3" in summary:
         said.append(f"k3 {summary['k3']:.2e}")
     if "r3_share" in summary:
         said.append(f"R3 {summary['r3_share']:.2%} of step time")
-    said.append(", ".join(f"{kind} {count}" for kind, count in summary["events"].items()) or "no faults")
+    events = summary["events"].items()
+    said.append(", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in events) or "no faults")
     return f"{summary['name']}: {'; '.join(said)}; {page}"

@@ -79,10 +79,13 @@ class Sample:
 
     @property
     def num_response_tokens(self) -> int:
+        """Number of tokens behind the prompt, those of later turns' prompts among them."""
         return len(self.logprobs)
 
     def append_tokens(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> "Sample":
         """Return the sample with tokens behind it that the policy did not sample and no engine computed.
+
+        token_ids: [N] integers from 0 to 2**31 - 1.
 
         Raises:
             TraceError: what are no token ids.
@@ -105,14 +108,17 @@ def _frozen_vector(name: str, array: object, dtype: npt.DTypeLike) -> npt.NDArra
 def unrouted(tokens: Sequence[int], sampled: Sequence[bool]) -> Sample:
     """Return a sample without routes and log-probabilities, for supervised training.
 
-    sampled: for each token, whether it is to be learnt; the first such ends the prompt.
+    sampled: for each token, whether it is trained on; the first such token ends the prompt.
+
+    Raises:
+        TraceError: tokens and marks differ in number, or no token is trained on.
     """
-    learnt = np.asarray(sampled, np.bool_)
-    if len(learnt) != len(tokens):
-        raise TraceError(f"{len(tokens)} tokens != {len(learnt)} marks in sampled")
-    if not learnt.any():
-        raise TraceError(f"none of {len(tokens)} tokens is to be learnt")
-    num_prompt_tokens = int(learnt.argmax())
+    trained = np.asarray(sampled, np.bool_)
+    if len(trained) != len(tokens):
+        raise TraceError(f"{len(tokens)} tokens != {len(trained)} marks in sampled")
+    if not trained.any():
+        raise TraceError(f"none of the {len(tokens)} tokens is trained on")
+    num_prompt_tokens = int(trained.argmax())
     trace = RoutingTrace(
         topk_ids=np.zeros((len(tokens), 1, 1), np.uint8),
         token_ids=np.asarray(tokens, np.int32),
@@ -121,7 +127,7 @@ def unrouted(tokens: Sequence[int], sampled: Sequence[bool]) -> Sample:
         num_experts=1,
         weight_versions=(),
     )
-    response = learnt[num_prompt_tokens:]
+    response = trained[num_prompt_tokens:]
     return Sample(trace, num_prompt_tokens, np.zeros(len(response), np.float32), 0, response)
 
 

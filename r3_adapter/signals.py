@@ -38,16 +38,36 @@ def stop(number: int, _: FrameType | None = None) -> None:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Let the first signal that ends a process raise Stopped inside; one that is ignored, as by nohup, stays so."""
+    """Let the first signal that ends a process raise Stopped inside; one that is ignored, as by nohup, stays so.
+
+    Stopped comes out of it even where something inside, as a library's C++ code, has made another error of it or has
+    swallowed it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {each: signal.getsignal(each) for each in SIGNALS}
+    came: list[Stopped] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        try:
+            stop(number)
+        except Stopped as stopped:
+            came.append(stopped)
+            raise
+
     try:
         for each, handler in before.items():
             if handler is not signal.SIG_IGN:
-                signal.signal(each, stop)
+                signal.signal(each, handle)
         yield
+    except BaseException as error:
+        if not came or isinstance(error, Stopped):
+            raise
+        raise came[0] from error
+    else:
+        if came:
+            raise came[0]
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -63,20 +83,20 @@ def during(what: str) -> Iterator[None]:
         raise
 
 
-def run_command(name: str, do: Callable[[], int | None], after: str = AFTER) -> int:
+def run_command(name: str, do: Callable[[], int | None], after: str | Callable[[], str] = AFTER) -> int:
     """Do what a command does; return its exit code: 2 for an R3Error or OSError, 128 + the number of a signal.
 
     Each of them is said in one line on stderr.
 
     name: of the command, as its user has typed it.
-    after: what is so after a signal, and how to go on.
+    after: what is so after a signal, and how to go on; a function says it once the signal has come.
     """
     try:
         with stopping():
             return do() or 0
     except Stopped as stopped:
         under_way = f" during {stopped.during}" if stopped.during else ""
-        say(f"{name}: stopped by {stopped.signal.name}{under_way}; {after}")
+        say(f"{name}: stopped by {stopped.signal.name}{under_way}; {after if isinstance(after, str) else after()}")
         return 128 + stopped.signal
     except R3Error as error:
         say(f"{name}: {error}")

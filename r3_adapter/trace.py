@@ -13,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from r3_adapter import _core
+from r3_adapter.compiled import check_core
 from r3_adapter.errors import TraceError, check_whole, show
 from r3_adapter.frozen import freeze, is_frozen
 from r3_adapter.wire import Data, parse_json, read_tensors, whole_number, write_tensors
+
+check_core(_core)
 
 FORMAT = "r3.routing_trace/1"
 NOT_CAPTURED = -1
@@ -35,7 +38,7 @@ def ids_dtype(num_experts: int) -> np.dtype[Any]:
 
 
 class ModelId(NamedTuple):
-    """What tells a checkpoint's model from others: decoder layers (without MTP), hidden size, ids of the vocabulary."""
+    """Sizes that tell a checkpoint's model from others: decoder layers (without MTP), hidden size, vocabulary."""
 
     num_layers: int
     hidden_size: int
@@ -46,17 +49,17 @@ class ModelId(NamedTuple):
 class RoutingTrace:
     """The routes of one sample. Arrays are C-contiguous and checked when the trace is made, and never change again.
 
-    topk_ids: [S, M, K] uint8 (E <= 256) or uint16; distinct ids in each captured row, 0 in a row that was not captured.
+    topk_ids: [S, M, K] uint8 (E <= 256) or uint16; distinct ids in each route, 0 in a row that was not captured.
     token_ids: [S] int32; the tokens that were fed to the engine at these rows.
     version_ids: [S] int32; index into weight_versions of the weights that computed the row, -1 where it was not
         captured (the last sampled token was never fed forward, so it has no row).
     layer_ids: [M] int32; global decoder layer (from 0) of each MoE layer, increasing.
     num_experts: E.
     weight_versions: the engine's names of the weights that computed rows of this sample.
-    model: the model that computed them; None where the engine does not say. Layers and tokens are ones that it has.
+    model: the model that computed them, which has these layers and tokens; None where the engine does not say.
 
     Raises:
-        TraceError: arrays that do not fit together, an id out of range or twice in a row; names place and operands.
+        TraceError: arrays that do not fit together, an id out of range or twice in a route; names place and operands.
     """
 
     topk_ids: npt.NDArray[Any]
@@ -79,10 +82,12 @@ class RoutingTrace:
 
     @property
     def num_tokens(self) -> int:
+        """S, the tokens that the trace has a row for."""
         return int(self.topk_ids.shape[0])
 
     @property
     def topk(self) -> int:
+        """K, the experts of a token in a layer."""
         return int(self.topk_ids.shape[2])
 
     @property
@@ -91,7 +96,7 @@ class RoutingTrace:
         return self.version_ids >= 0
 
     def rows(self, start: int, stop: int) -> "RoutingTrace":
-        """Return the trace of the tokens from start up to stop, a view; none of them stand for a sequence of padding.
+        """Return the trace of the tokens from start up to stop, as a view; with none it stands for a padding sequence.
 
         Raises:
             TraceError: tokens that the trace does not have.
@@ -101,16 +106,18 @@ class RoutingTrace:
             raise TraceError(f"rows {start} to {stop} outside 0 to {self.num_tokens}")
         if stop - start == self.num_tokens:
             return self
-        # What all rows were checked for holds for some of them.
+        # All rows are checked already, so a part of them needs no check.
         part = object.__new__(RoutingTrace)
         part.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_digest"})
         part.__dict__.update({name: getattr(self, name)[start:stop] for name in _PER_TOKEN})
         return part
 
     def append_tokens(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> "RoutingTrace":
-        """Return the trace with tokens behind it that no engine computed, as an end token that a client adds.
+        """Return the trace with tokens at its end that no engine computed, such as an end token of the client's.
 
-        Their rows are not captured, so that routers route them themselves.
+        Their rows count as not captured, so the trainer's routers route them live.
+
+        token_ids: [N] integers from 0 to 2**31 - 1.
 
         Raises:
             TraceError: what are no token ids.

@@ -1,4 +1,4 @@
-"""The frame of all that is read from outside: safetensors whose bytes may be hostile, and the checksum over them."""
+"""Read and write the safetensors that come from outside: their bytes may be hostile; and the checksum over them."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def checksum_of(data: Data, place: str = "payload") -> tuple[str, str]:
 
 
 def check_checksum(data: Data, place: str = "payload") -> None:
-    """Refuse bytes that are not those that their writer made the checksum of.
+    """Refuse bytes that do not match the checksum of their writer.
 
     Raises:
         TraceError: a header without just one checksum, or another one; names `place`.
@@ -113,7 +113,7 @@ def as_buffer(data: object, place: str) -> memoryview:
 
 
 def parse_json(text: str | bytes, place: str) -> Any:
-    """Return what a JSON text from outside says.
+    """Parse a JSON text from outside.
 
     Raises:
         TraceError: no JSON, or one that is nested too deeply, has a key twice, or a number that is none or too long.
@@ -153,7 +153,7 @@ def read_header(buffer: memoryview, place: str, *, max_header: int = MAX_HEADER)
         _check_entry(f"{place}: {show(name)}", entry, size)
     stop = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if stop > len(buffer):
-        raise TraceError(f"{place}: tensors end at byte {stop} of {len(buffer)}")
+        raise TraceError(f"{place}: tensors end at byte {stop} of {len(buffer)}: it is cut short")
     return Header(header, metadata, start, stop)
 
 
@@ -203,7 +203,7 @@ def _header_size(buffer: memoryview, place: str, max_header: int) -> int:
 
 def _find_checksum(buffer: memoryview, place: str) -> tuple[int, int]:
     """Return where the digits of the checksum are."""
-    # The whole header is looked at, however large: who reads it has said how large it may be.
+    # The whole header is searched, however large: the reader has limited its size.
     found = list(_CHECKSUM.finditer(buffer[: 8 + _header_size(buffer, place, len(buffer))]))
     if len(found) != 1:
         raise TraceError(f"{place}: {len(found)} checksums in the header != 1")

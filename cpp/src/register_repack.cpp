@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace r3 {
 namespace {
 
-// What Python hands over, still unchecked.
+// The arguments from Python, not checked yet.
 struct Request {
   py::list topk_ids;
   py::list version_ids;
@@ -31,6 +31,7 @@ struct Request {
   std::int64_t num_threads;
   std::size_t stream_from;
   bool balance_last;
+  std::optional<py::array> slot_of;
 };
 
 // A view keeps its array alive while the list that it came from may change.
@@ -95,6 +96,12 @@ void repack_typed(Request const& request) {
                          .counts = nullptr,
                          .expected_tokens = nullptr,
                          .stream_from = request.stream_from};
+  if (request.slot_of) {
+    auto slot_of = view<std::int32_t const, 2>(*request.slot_of, "slot_of");
+    check_length("slot_of", slot_of.shape[0], "layer_indices", layers.size());
+    check_length("slot_of dimension 1", slot_of.shape[1], "num_experts", job.num_experts);
+    job.slots = SlotTables<Id>({slot_of.data, layers.size() * job.num_experts}, job.num_experts);
+  }
   if (request.counts) {
     auto counts = view<std::int64_t, 2>(*request.counts, "counts");
     check_length("counts", counts.shape[0], "layer_indices", layers.size());
@@ -118,7 +125,7 @@ void repack_into(py::list topk_ids, py::list version_ids, py::array segments, py
                  py::array row_versions, std::int64_t num_experts, std::int64_t ep_size,
                  std::optional<py::array> counts, std::optional<py::list> token_ids,
                  std::optional<py::array> expected_ids, std::optional<py::list> version_maps, std::int64_t num_threads,
-                 std::size_t stream_from, bool balance_last) {
+                 std::size_t stream_from, bool balance_last, std::optional<py::array> slot_of) {
   if (topk_ids.empty()) {
     refuse("topk_ids: no traces");
   }
@@ -135,9 +142,9 @@ void repack_into(py::list topk_ids, py::list version_ids, py::array segments, py
   if (!py::isinstance<py::array>(topk_ids[0])) {
     refuse("topk_ids[0] is not a numpy array");
   }
-  Request const request{topk_ids,     version_ids,  segments,    layer_indices, out,
-                        row_versions, num_experts,  ep_size,     counts,        token_ids,
-                        expected_ids, version_maps, num_threads, stream_from,   balance_last};
+  Request const request{topk_ids,    version_ids, segments,     layer_indices, out,          row_versions,
+                        num_experts, ep_size,     counts,       token_ids,     expected_ids, version_maps,
+                        num_threads, stream_from, balance_last, slot_of};
   with_trace_dtype(topk_ids[0].cast<py::array>(), "topk_ids[0]", [&]<class Id>() {
     with_local_dtype(out, "out", [&]<class Out>() { repack_typed<Id, Out>(request); });
   });
@@ -165,8 +172,8 @@ void register_repack(py::module_& module) {
              py::arg("row_versions").noconvert(), py::arg("num_experts"), py::arg("ep_size"),
              py::arg("counts").noconvert() = py::none(), py::arg("token_ids").noconvert() = py::none(),
              py::arg("expected_ids").noconvert() = py::none(), py::arg("version_maps").noconvert() = py::none(),
-             py::arg("num_threads") = 1, py::arg("stream_from") = std::size_t{1} << 22,
-             py::arg("balance_last") = false);
+             py::arg("num_threads") = 1, py::arg("stream_from") = std::size_t{1} << 22, py::arg("balance_last") = false,
+             py::arg("slot_of").noconvert() = py::none());
 }
 
 }  // namespace r3

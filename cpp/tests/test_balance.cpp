@@ -33,25 +33,34 @@ void test_placement(std::size_t steps, std::size_t experts, std::size_t ranks, s
   }
 }
 
-void test_composition(std::size_t samples, std::size_t ranks, std::size_t layers, std::int64_t max_tokens) {
+void test_composition(std::size_t samples, std::size_t ranks, std::size_t parts, std::int64_t max_tokens) {
+  std::size_t const layers = 5, groups = 2;
   r3::Random random(samples + ranks);
   std::vector<float> loads(samples * ranks * layers);
   std::generate(loads.begin(), loads.end(), [&] { return static_cast<float>(random.below(100)); });
   std::vector<std::int64_t> tokens(samples);
   std::generate(tokens.begin(), tokens.end(), [&] { return static_cast<std::int64_t>(random.below(50)); });
-  r3::CompositionJob const job{loads.data(), tokens.data(), samples, ranks, layers, 2, max_tokens, 3, 500};
-  std::vector<std::int32_t> step_of(samples, -1);
-  std::size_t const steps = r3::Composition(job).solve(step_of.data());
-  std::vector<std::int64_t> sums(steps), counts(steps);
-  for (std::size_t sample = 0; sample < samples; ++sample) {
-    auto const step = static_cast<std::size_t>(step_of[sample]);
-    CHECK(step < steps);
-    sums[step] += tokens[sample];
-    counts[step] += tokens[sample] > 0 ? 1 : 0;
+  std::vector<std::int32_t> found[2];
+  for (std::size_t threads : {1, 3}) {
+    r3::CompositionJob const job{loads.data(), tokens.data(), samples, ranks, layers, 2,      groups,
+                                 parts,        max_tokens,    0.5,     3,     3000,   threads};
+    std::vector<std::int32_t> step_of(samples, -1), part_of(samples, -1);
+    std::size_t const steps = r3::Composition(job).solve(step_of.data(), part_of.data());
+    CHECK(steps % groups == 0);
+    std::vector<std::int64_t> sums(steps * parts), counts(steps * parts);
+    for (std::size_t sample = 0; sample < samples; ++sample) {
+      auto const step = static_cast<std::size_t>(step_of[sample]), part = static_cast<std::size_t>(part_of[sample]);
+      CHECK(step < steps);
+      CHECK(part < parts);
+      sums[step * parts + part] += tokens[sample];
+      counts[step * parts + part] += tokens[sample] > 0 ? 1 : 0;
+    }
+    for (std::size_t i = 0; i < steps * parts; ++i) {
+      CHECK(sums[i] <= max_tokens || counts[i] == 1);
+    }
+    found[threads == 1 ? 0 : 1] = step_of;
   }
-  for (std::size_t step = 0; step < steps; ++step) {
-    CHECK(sums[step] <= max_tokens || counts[step] == 1);
-  }
+  CHECK(found[0] == found[1]);
 }
 
 }  // namespace
@@ -67,7 +76,8 @@ int main() {
   for (std::int64_t max_tokens : {1, 49, 120, 100000}) {
     test_composition(1, 1, 1, max_tokens);
     test_composition(2, 3, 1, max_tokens);
-    test_composition(40, 4, 5, max_tokens);
+    test_composition(40, 4, 1, max_tokens);
+    test_composition(40, 4, 3, max_tokens);
   }
   std::puts("all passed");
 }

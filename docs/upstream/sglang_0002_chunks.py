@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sglang_engine import start_engine
 
-from r3_adapter.tiny import TinyModel, write_checkpoint
+from r3_adapter.proof.tiny import TinyModel, write_checkpoint
 
 CHUNKS = {"enable_dynamic_chunking": True, "chunked_prefill_size": 64, "max_prefill_tokens": 96}
 

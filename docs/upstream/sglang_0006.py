@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from sglang_engine import rows_of, run_to_end, start_engine
 
-from r3_adapter.tiny import write_checkpoint
+from r3_adapter.proof.tiny import write_checkpoint
 
 if __name__ == "__main__":
     other = Path(tempfile.mkdtemp())

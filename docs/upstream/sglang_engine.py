@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from r3_adapter.proof.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.sglang.cpu import enable_cpu
 from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 enable_cpu()  # before anything imports transformers
 SHAPE = TinyModel()

@@ -24,11 +24,12 @@ class Evenness:
     """How even the ranks' loads are over micro-steps and layers.
 
     ratio: the sum of the fullest ranks' loads over the sum of the mean loads: time in experts over the least there is.
-    p95, worst: of the fullest rank's load over the mean, by micro-step and layer.
+    p50, p95, worst: of the fullest rank's load over the mean, by micro-step and layer.
     peak_tokens: the most tokens that a rank gets in a layer of a micro-step.
     """
 
     ratio: float
+    p50: float
     p95: float
     worst: float
     peak_tokens: int
@@ -81,10 +82,26 @@ def rank_loads(counts: Counts, placed: Placed, num_ranks: int) -> npt.NDArray[np
     return loads
 
 
-def evenness(loads: npt.NDArray[np.int32]) -> Evenness:
+def evenness(loads: npt.NDArray[np.integer] | npt.NDArray[np.floating]) -> Evenness:
     """Return the figures of [B, L, R] loads; a micro-step without a token in a layer counts as even."""
-    fullest, mean = loads.max(axis=2).astype(np.float64), loads.mean(axis=2)
-    over = np.divide(fullest, mean, out=np.ones_like(mean), where=mean > 0)
+    return evenness_of(loads.max(axis=2).astype(np.float64), loads.mean(axis=2))
+
+
+def evenness_of(fullest: npt.NDArray[np.float64], mean: npt.NDArray[np.float64]) -> Evenness:
+    """Return the figures of [B, L] the fullest rank's loads and the mean ones."""
+    over = over_mean(fullest, mean)
     total = mean.sum()
     ratio = float(fullest.sum() / total) if total else 1.0
-    return Evenness(ratio, float(np.quantile(over, 0.95)), float(over.max()), int(loads.max()))
+    return Evenness(
+        ratio,
+        float(np.quantile(over, 0.5)),
+        float(np.quantile(over, 0.95)),
+        float(over.max()),
+        round(float(fullest.max())),
+    )
+
+
+def over_mean(fullest: npt.NDArray[np.float64], mean: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return how many times the mean load the fullest is; 1 where there is none."""
+    found: npt.NDArray[np.float64] = np.divide(fullest, mean, out=np.ones_like(mean), where=mean > 0)
+    return found

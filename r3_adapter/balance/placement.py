@@ -9,7 +9,7 @@ from r3_adapter import _core
 from r3_adapter.balance.loads import Counts, Placed
 from r3_adapter.errors import LayoutError, check_whole
 
-NUM_SWAPS = 4000
+NUM_SWAPS = 16000
 """Tried in each layer: from there on the loads hardly become more even."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r3_adapter.balance.loads import Counts
-from r3_adapter.errors import check_choice
+from r3_adapter.errors import R3Error, check_choice
 
 Skew = Literal["mild", "medium", "strong"]
 SPREADS: dict[str, tuple[float, float, float, float]] = {
@@ -20,11 +20,16 @@ SPREADS: dict[str, tuple[float, float, float, float]] = {
     "strong": (0.95, 0.85, 0.5, 0.2),
 }
 """Standard deviations of an expert's popularity in general, by topic, by prompt and by sample."""
+MOST_DRIFT = 1.0
 
 
 @dataclass(frozen=True)
 class World:
-    """What is simulated: 64 prompts of 16 samples each in 8 topics, and a model's sizes."""
+    """What is simulated: 64 prompts of 16 samples each in 8 topics, and a model's sizes.
+
+    drift: of a policy that learns: standard deviation of what each step adds to each expert's popularity, in general
+        and by topic.
+    """
 
     skew: Skew = "medium"
     num_experts: int = 128
@@ -34,9 +39,12 @@ class World:
     samples_per_prompt: int = 16
     num_topics: int = 8
     mean_tokens: int = 4096
+    drift: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("skew", self.skew, Skew)
+        if not 0 <= self.drift <= MOST_DRIFT:
+            raise R3Error(f"drift ({self.drift}) outside 0 to {MOST_DRIFT}")
 
 
 def simulate(world: World, num_steps: int, seed: int) -> list[tuple[npt.NDArray[np.int64], Counts]]:
@@ -45,7 +53,13 @@ def simulate(world: World, num_steps: int, seed: int) -> list[tuple[npt.NDArray[
     general, by_topic, *_ = SPREADS[world.skew]
     base = rng.normal(0, general, (world.num_layers, world.num_experts))
     topics = rng.normal(0, by_topic, (world.num_layers, world.num_topics, world.num_experts))
-    return [_step(world, rng, base, topics) for _ in range(num_steps)]
+    steps = []
+    for number in range(num_steps):
+        if number and world.drift:
+            base = base + rng.normal(0, world.drift, base.shape)
+            topics = topics + rng.normal(0, world.drift, topics.shape)
+        steps.append(_step(world, rng, base, topics))
+    return steps
 
 
 def _step(
@@ -54,7 +68,8 @@ def _step(
     *_, by_prompt, by_sample = SPREADS[world.skew]
     shape = (world.num_prompts, world.samples_per_prompt)
     lengths = (rng.lognormal(0, 0.6, shape[0])[:, None] * rng.lognormal(0, 0.5, shape)).ravel()
-    tokens = np.clip(lengths / lengths.mean() * world.mean_tokens, 256, 16384).astype(np.int64)
+    shares = np.clip(lengths / lengths.mean(), 1 / 16, 4)
+    tokens = np.maximum(shares * world.mean_tokens, 1).astype(np.int64)
     prompt = np.repeat(np.arange(shape[0]), shape[1])
     topic = rng.integers(0, world.num_topics, shape[0])[prompt]
     counts = np.empty((len(tokens), world.num_layers, world.num_experts), np.int32)

@@ -51,7 +51,7 @@ def torch_indexing(
 ) -> list[Any]:
     """Return the ids of each local layer as trainers make them: sample by sample, then joined, cut and indexed.
 
-    Each sample becomes int32, is padded to its room and cut into the zigzag chunks of its context parallel rank; all
+    Each sample becomes int32, is padded and cut into the zigzag chunks of its context parallel rank; all
     are concatenated, cut for sequence parallelism, and indexed layer by layer.
     """
     import torch

@@ -1,9 +1,11 @@
 """`r3 bench capture`: what capture costs in a real engine: time, bytes on each transport, host memory.
 
-Three engines, capture off, SGLang's own and the patched one, take turns in one run on a model whose routes are large
-against its arithmetic. `python -m r3_adapter.bench.capture FOLDER NAME` is one of the engines.
+Three engines, capture off, SGLang's own and the patched one, take turns in one run: on a model whose routes are large
+against its arithmetic, or on the shape of a real one with random weights. `python -m r3_adapter.bench.capture FOLDER
+NAME` is one of the engines.
 """
 
+import asyncio
 import base64
 import json
 import os
@@ -14,99 +16,173 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from r3_adapter.errors import R3Error
+from r3_adapter.bench.payloads import time_payload, time_shared_memory
+from r3_adapter.errors import R3Error, check_choice
+from r3_adapter.model_shapes import SHAPES
+from r3_adapter.proof.tiny import TinyModel, write_checkpoint
 from r3_adapter.sglang.capture import payload_of, trace_from_reply
-from r3_adapter.sglang.cpu import cpu_environment
+from r3_adapter.sglang.cpu import cpu_environment, has_gpu
 from r3_adapter.sglang.engine import Engine, native_bytes
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.sglang.shared import fetch_payload
-from r3_adapter.tiny import TinyModel, write_checkpoint
-from r3_adapter.watchdog import MEMORY
 
 MODEL = TinyModel(num_layers=48, num_experts=128, topk=8, hidden_size=16)
-SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 192, 16
-SLOTS = 8192
-LONG = 8192
 WARM_UP = 1
 _MARK = "r3-bench:"
-_EXTRA: Mapping[str, Mapping[str, Any]] = {
-    # The engines wait for their turn in one machine.
-    "off": {"sleep_on_idle": True, "enable_return_routed_experts": False},
-    "native": {"sleep_on_idle": True},
-    "patched": {"sleep_on_idle": True},
+_ENGINES: Mapping[str, Mapping[str, Any]] = {
+    "off": {"enable_return_routed_experts": False},
+    "native": {},
+    "patched": {},
 }
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What each engine is asked, in tokens. Dummy weights are random ones that the engine makes itself."""
+
+    samples: int = 16
+    prompt: int = 192
+    response: int = 16
+    dtype: str = "float32"
+    slots: int = 8192
+    extra: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_shape(cls, device: Device, extra: Mapping[str, Any]) -> "_Load":
+        dummy = {"load_format": "dummy", **extra}
+        if device == "cpu":
+            # A rehearsal: all steps, at a size that two cores compute.
+            return cls(samples=4, prompt=64, response=8, dtype="bfloat16", slots=512, extra=dummy)
+        return cls(samples=64, prompt=1024, response=192, dtype="bfloat16", slots=64 * 1232, extra=dummy)
 
 
 def bench_capture(
-    *, pairs: int = 9, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
+    *,
+    pairs: int = 9,
+    seed: int = 0,
+    shape: str | None = None,
+    num_layers: int = 12,
+    device: Device = "cpu",
+    extra: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Generate the same tokens with each engine in turn; return medians of paired ratios, and bytes.
 
     patched_over_native, patched_over_off: tokens a second of the patched engine over the other's.
+    prefill_over_off: seconds for one token of each prompt. itl_p99_over_off: between tokens of a stream, its slowest.
+    native_*: the same of SGLang's own capture.
+    scheduler_ms_per_request_*, blocked_ms_p99, finalize_ms: see bench/scheduler.py; with `num_layers` of a shape.
     bytes_per_token_*: of a reply, as they travel. SGLang's own form is base64 text on every transport.
     host_bytes_*: of the buffers of a rank that sends replies, for 8,192 KV slots.
     payload_over_native_gather: seconds to make the payload of an 8,192-token request over those of SGLang's gather.
     seconds_shared_memory: to hand 1,000 payloads of 2,000 tokens over in shared memory, up to checked traces.
 
+    shape, num_layers, device, extra: a shape of `SHAPES` in place of the small model, and more arguments of SGLang.
+    The three engines are there at once: on a GPU of 80 GB 12 layers of qwen3-30b-a3b fit.
+
     Raises:
-        R3Error: An engine does not start or fails, or fewer than two pairs.
+        R3Error: An engine does not start or fails, fewer than two pairs, a shape or device that is not there.
     """
     if pairs < 2:
         raise R3Error(f"pairs ({pairs}) < 2")
+    check_choice("device", device, Device)
+    if (device == "cuda") != has_gpu():
+        raise R3Error(f"device {device!r} != {'cuda' if has_gpu() else 'cpu'}, which this machine has")
+    if shape is None and (device == "cuda" or extra):
+        raise R3Error("device 'cuda' and arguments of SGLang need a shape: the small model runs on a CPU only")
+    if shape is not None and shape not in SHAPES:
+        raise R3Error(f"shape {shape!r} is none of {', '.join(map(repr, SHAPES))}")
     with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
         folder = Path(path)
-        write_checkpoint(folder / "model", dtype="float32", seed=seed, shape=MODEL)
-        engines = {engine: stack.enter_context(_Child(folder, engine)) for engine in _EXTRA}
+        load = _write_model(folder, shape, num_layers, seed, device, extra or {})
+        (folder / "load.json").write_text(json.dumps(asdict(load)), encoding="utf-8")
+        engines = {name: stack.enter_context(_Child(folder, name)) for name in _ENGINES}
         for engine in engines.values():
             engine.wait_until_started()
         found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         for turn in range(WARM_UP + pairs):
             # The order turns over, so that a drift of the machine cancels.
             for name in list(engines)[:: 1 if turn % 2 else -1]:
-                found[name].append(engines[name].ask("generate"))
+                found[name].append(engines[name].ask("generate") | engines[name].ask("prefill"))
+                found[name][-1] |= engines[name].ask("stream")
             progress(turn + 1, WARM_UP + pairs)
-        payload = engines["patched"].ask("payload") | engines["patched"].ask("shared")
-    return _summary({name: runs[WARM_UP:] for name, runs in found.items()}, payload)
+        payload = engines["patched"].ask("payload") | engines["patched"].ask("shared") if shape is None else {}
+    payload |= _scheduler(MODEL.num_layers if shape is None else num_layers)
+    return _summary({name: runs[WARM_UP:] for name, runs in found.items()}, payload, load, shape, num_layers)
 
 
-def _summary(found: Mapping[str, list[dict[str, float]]], payload: Mapping[str, float]) -> dict[str, Any]:
-    seconds = {name: [run["seconds"] for run in runs] for name, runs in found.items()}
-    ratios = {
-        name: [other / own for own, other in zip(seconds["patched"], seconds[name], strict=True)]
-        for name in ("native", "off")
+def _write_model(
+    folder: Path, shape: str | None, num_layers: int, seed: int, device: Device, extra: Mapping[str, Any]
+) -> _Load:
+    if shape is None:
+        write_checkpoint(folder / "model", dtype="float32", seed=seed, shape=MODEL)
+        return _Load()
+    (folder / "model").mkdir()
+    config = {**SHAPES[shape], "num_hidden_layers": num_layers, "architectures": ["Qwen3MoeForCausalLM"]}
+    (folder / "model/config.json").write_text(json.dumps(config), encoding="utf-8")
+    return _Load.of_shape(device, extra)
+
+
+def _scheduler(num_layers: int) -> dict[str, float]:
+    """Run bench/scheduler.py in a process of its own: it takes the place of an engine."""
+    command = [sys.executable, "-m", "r3_adapter.bench.scheduler", str(num_layers)]
+    environment = {**os.environ, **cpu_environment()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise R3Error(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-4000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _ratios(found: Mapping[str, list[dict[str, float]]], name: str, other: str, key: str) -> list[float]:
+    return [a[key] / b[key] for a, b in zip(found[name], found[other], strict=True)]
+
+
+def _summary(
+    found: Mapping[str, list[dict[str, float]]],
+    payload: Mapping[str, float],
+    load: _Load,
+    shape: str | None,
+    num_layers: int,
+) -> dict[str, Any]:
+    over = {name: _ratios(found, name, "patched", "seconds") for name in ("native", "off")}
+    figures = {
+        "patched_over_native": statistics.median(over["native"]),
+        "patched_over_native_quartiles": statistics.quantiles(over["native"], n=4)[::2],
+        "patched_over_off": statistics.median(over["off"]),
+        "patched_over_off_quartiles": statistics.quantiles(over["off"], n=4)[::2],
     }
-    facts = ModelFacts(MODEL.num_experts, MODEL.topk, tuple(range(MODEL.num_layers)), MODEL.num_layers)
-    row = MODEL.num_layers * MODEL.topk
-    return {
-        "patched_over_native": statistics.median(ratios["native"]),
-        "patched_over_native_quartiles": statistics.quantiles(ratios["native"], n=4)[::2],
-        "patched_over_off": statistics.median(ratios["off"]),
-        "patched_over_off_quartiles": statistics.quantiles(ratios["off"], n=4)[::2],
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+    for prefix, name in (("", "patched"), ("native_", "native")):
+        for what, key in (("prefill", "prefill"), ("itl_p99", "itl_p99")):
+            figures[f"{prefix}{what}_over_off"] = statistics.median(_ratios(found, name, "off", key))
+    figures |= {
+        "seconds": {name: statistics.median([run["seconds"] for run in runs]) for name, runs in found.items()},
         "bytes_per_token_native": found["native"][0]["bytes_per_token_http"],
         "bytes_per_token_http": found["patched"][0]["bytes_per_token_http"],
         "bytes_per_token_engine": found["patched"][0]["bytes_per_token_engine"],
-        "host_bytes_native": native_bytes(SLOTS + 1, facts),
-        # Ids of a byte, a version of four, and two row numbers of eight.
-        "host_bytes_patched": SLOTS * (row + 4 + 16),
         **payload,
-        "pairs": len(seconds["patched"]),
-        "tokens": SAMPLES * (PROMPT_TOKENS + RESPONSE_TOKENS),
-        "model": asdict(MODEL),
+        "pairs": len(over["off"]),
+        "tokens": load.samples * (load.prompt + load.response),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "sglang")},
+    }
+    if shape is not None:
+        return figures | {"shape": shape, "num_layers": num_layers}
+    facts = ModelFacts(MODEL.num_experts, MODEL.topk, tuple(range(MODEL.num_layers)), MODEL.num_layers)
+    return figures | {
+        "host_bytes_native": native_bytes(load.slots + 1, facts),
+        # Ids of a byte, a version of four, and two row numbers of eight.
+        "host_bytes_patched": load.slots * (MODEL.num_layers * MODEL.topk + 4 + 16),
+        "model": asdict(MODEL),
     }
 
 
@@ -155,34 +231,52 @@ class _Child:
 
 def _serve(folder: Path, name: str) -> None:
     """Start an engine, and do what the lines of standard input ask for."""
+    load = _Load(**json.loads((folder / "load.json").read_text(encoding="utf-8")))
     settings = EngineSettings(
         str(folder / "model"),
-        dtype="float32",
+        dtype=load.dtype,
         routed_experts_format="safetensors" if name == "patched" else "flat",
-        max_total_tokens=SLOTS,
-        max_running_requests=16,
-        extra=_EXTRA[name],
+        max_total_tokens=load.slots,
+        max_running_requests=load.samples,
+        # The engines wait for their turn in one machine.
+        extra={"sleep_on_idle": True, **(load.extra or {}), **_ENGINES[name]},
     )
     with Engine(settings) as engine:
         print(f"{_MARK}{{}}", flush=True)
-        questions = {"generate": lambda: _generate(engine, name), "payload": _payload, "shared": _shared}
+        questions: dict[str, Callable[[], dict[str, float]]] = {
+            "generate": lambda: _generate(engine, name, load),
+            "prefill": lambda: {"prefill": _seconds(engine, name, load, 1)[0]},
+            "stream": lambda: _stream(engine, name, load),
+            "payload": lambda: time_payload(MODEL),
+            "shared": lambda: time_shared_memory(MODEL),
+        }
         for line in sys.stdin:
-            answer = questions[line.strip()]()
-            print(f"{_MARK}{json.dumps(answer)}", flush=True)
+            print(f"{_MARK}{json.dumps(questions[line.strip()]())}", flush=True)
 
 
-def _generate(engine: Engine, name: str) -> dict[str, float]:
+def _prompts(engine: Engine, load: _Load) -> list[list[int]]:
+    size = engine._limits()["vocab_size"]
+    found: list[list[int]] = np.random.default_rng(0).integers(3, size, (load.samples, load.prompt)).tolist()
+    return found
+
+
+def _seconds(engine: Engine, name: str, load: _Load, response: int) -> tuple[float, list[dict[str, Any]]]:
     """Generate one batch; the time is until the replies are there, with the bytes of their routes."""
-    prompts = np.random.default_rng(0).integers(3, MODEL.vocab_size, (SAMPLES, PROMPT_TOKENS)).tolist()
-    params = {"temperature": 0.0, "max_new_tokens": RESPONSE_TOKENS, "ignore_eos": True}
+    prompts, params = _prompts(engine, load), {"temperature": 0.0, "max_new_tokens": response, "ignore_eos": True}
     start = time.perf_counter()
     replies = engine.replies(prompts, params, routes=name != "off")
-    found: dict[str, float] = {"seconds": time.perf_counter() - start}
+    return time.perf_counter() - start, replies
+
+
+def _generate(engine: Engine, name: str, load: _Load) -> dict[str, float]:
+    seconds, replies = _seconds(engine, name, load, load.response)
+    found: dict[str, float] = {"seconds": seconds}
     if name == "off":
         return found
-    payload, num_tokens = payload_of(replies[0], name), PROMPT_TOKENS + RESPONSE_TOKENS
+    payload, num_tokens = payload_of(replies[0], name), load.prompt + load.response
     if name == "patched":
-        assert trace_from_reply(replies[0], prompts[0], facts=engine.facts).num_tokens == num_tokens
+        trace = trace_from_reply(replies[0], _prompts(engine, load)[0], facts=engine.facts)
+        assert trace.num_tokens == num_tokens
     else:
         assert engine.facts is not None
         assert len(payload) == native_bytes(num_tokens, engine.facts)
@@ -191,71 +285,28 @@ def _generate(engine: Engine, name: str) -> dict[str, float]:
     return found
 
 
-def _payload(rounds: int = 30) -> dict[str, float]:
-    """Time the payload of a long request against SGLang's gather of the same rows."""
-    from sglang.srt.state_capturer.base import BaseTopkCapturer
-    from sglang.srt.state_capturer.routed_experts_safetensors import routed_experts_to_safetensors
+def _stream(engine: Engine, name: str, load: _Load) -> dict[str, float]:
+    """Stream one batch whose requests end one after the other; return the slowest hundredth of steps, in seconds."""
+    prompts = _prompts(engine, load)
+    # From half the tokens to all of them.
+    lengths = [load.response - i * load.response // (2 * load.samples) for i in range(load.samples)]
+    gaps = list[float]()
 
-    patched, native, pool = _captured(LONG)
-    tokens, seconds = array("q", [7] * LONG), dict[str, list[float]](patched=[], native=[])
-    makers: dict[str, Callable[[], object]] = {
-        "patched": lambda: routed_experts_to_safetensors(patched, 0, tokens, pool),
-        "native": lambda: BaseTopkCapturer.get_topk(native, 0, LONG, pool),
-    }
-    for _ in range(rounds):
-        for name, make in makers.items():
-            start = time.perf_counter()
-            make()
-            seconds[name].append(time.perf_counter() - start)
-    ratios = [own / other for own, other in zip(seconds["patched"], seconds["native"], strict=True)]
-    return {
-        "payload_over_native_gather": statistics.median(ratios),
-        "seconds_payload": statistics.median(seconds["patched"]),
-        "seconds_native_gather": statistics.median(seconds["native"]),
-    }
+    async def follow(prompt: list[int], length: int) -> None:
+        stamps, params = list[float](), {"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True}
+        routes = name != "off"
+        async for _ in await engine._engine.async_generate(
+            input_ids=prompt, sampling_params=params, stream=True, return_routed_experts=routes
+        ):
+            stamps.append(time.perf_counter())
+        # The first ones wait for the others' prefill.
+        gaps.extend(np.diff(stamps)[2:])
 
+    async def follow_all() -> None:
+        await asyncio.gather(*map(follow, prompts, lengths))
 
-def _shared(requests: int = 1000, num_tokens: int = 2000) -> dict[str, float]:
-    """Time the way of captured rows through shared memory: payload, file, mapping, a trace that is checked and kept."""
-    from sglang.srt.state_capturer.routed_experts_files import PayloadFolder
-    from sglang.srt.state_capturer.routed_experts_safetensors import routed_experts_to_safetensors
-
-    patched, _, pool = _captured(num_tokens)
-    tokens = array("q", [i % MODEL.vocab_size for i in range(num_tokens)])
-    info, num_bytes = {"finish_reason": {"type": "length"}}, 0
-    with tempfile.TemporaryDirectory(dir=MEMORY) as path:
-        folder, traces = PayloadFolder(path), []
-        start = time.perf_counter()
-        for _ in range(requests):
-            payload = routed_experts_to_safetensors(patched, 0, tokens, pool)
-            num_bytes += payload.numel()
-            handle = folder.put(payload).numpy().tobytes()
-            reply = {"output_ids": list(tokens[-1:]), "meta_info": {**info, "routed_experts": handle}}
-            traces.append(trace_from_reply(fetch_payload(reply, Path(path), "reply"), tokens[:-1]))
-        seconds = time.perf_counter() - start
-        assert len({trace.digest() for trace in (traces[0], traces[-1])}) == 1
-    return {"seconds_shared_memory": seconds, "bytes_shared_memory": num_bytes}
-
-
-def _captured(num_tokens: int) -> tuple[Any, Any, Any]:
-    """Return the patched capturer and SGLang's own after a request whose rows lie anywhere, and its pool."""
-    import torch
-    from sglang.srt.state_capturer.routed_experts_links import ROOT, RowLinks
-
-    num_slots = 2 * num_tokens
-    locs, links = torch.randperm(num_slots)[: num_tokens - 1], RowLinks(num_slots)
-    links.write(locs, torch.cat([torch.tensor([ROOT]), locs[:-1]]))
-    # An odd step makes the ids of a row distinct.
-    first, step = torch.randint(MODEL.num_experts, (2, num_slots, MODEL.num_layers, 1))
-    rows = (first + (2 * step + 1) * torch.arange(MODEL.topk)) % MODEL.num_experts
-    patched, native = (
-        SimpleNamespace(host_cache=SimpleNamespace(buffer=rows.to(dtype)), links=links)
-        for dtype in (torch.uint8, torch.int32)
-    )
-    patched.version_ids, patched.version_index = torch.zeros(num_slots, dtype=torch.int32), {"default": 0}
-    patched.layer_ids, patched.num_experts = list(range(MODEL.num_layers)), MODEL.num_experts
-    patched.model_shape = {name: getattr(MODEL, name) for name in ("num_layers", "hidden_size", "vocab_size")}
-    return patched, native, SimpleNamespace(req_to_token=torch.cat([locs, locs[:1]]).int()[None])
+    engine._engine.loop.run_until_complete(follow_all())
+    return {"itl_p99": float(np.quantile(gaps, 0.99))}
 
 
 if __name__ == "__main__":

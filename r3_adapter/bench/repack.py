@@ -47,7 +47,7 @@ class Step:
     tokens: npt.NDArray[np.int64]
     arena: Arena
 
-    def repack(self, num_threads: int = 1) -> RankRoutes:
+    def repack(self, num_threads: int = 1, slot_of: npt.NDArray[np.int32] | None = None) -> RankRoutes:
         return repack(
             self.traces,
             self.packing,
@@ -58,6 +58,7 @@ class Step:
             dtype=self.dtype,
             num_threads=num_threads,
             arena=self.arena,
+            slot_of=slot_of,
         )
 
     def num_bytes(self, routes: RankRoutes) -> tuple[int, int]:
@@ -102,6 +103,9 @@ def bench_repack(*, num_tokens: int = 1 << 20, repeats: int = 9, max_mib: int = 
         report[f"memcpy_ratio_1t_{key}"] = min(cases[name]["memcpy_ratio"] for name in which)
     report |= measure_threads(plain, repeats)
     report |= measure_others(plain)
+    of_rank = make_step("slots", traces, PARALLEL, of_stage[:6], "int16")
+    report["placed_rate"] = measure_slots(plain, repeats)
+    report["placed_rate_parallel"] = measure_slots(of_rank, repeats)
     report["peak_extra_mib"] = peak_extra_mib(plain)
     report |= measure_linearity(traces, max_mib)
     report["bytes_read_share"] = bytes_read_share(traces)
@@ -234,6 +238,22 @@ def measure_threads(step: Step, repeats: int) -> dict[str, Any]:
     return {"scaling_2t": round(median(scaling), 3), "copy_scaling_2t": round(median(copy_scaling), 3)}
 
 
+def measure_slots(step: Step, repeats: int) -> float:
+    """Return the rate with experts that lie elsewhere, and are looked up in a table, over that without."""
+    rng = np.random.default_rng(0)
+    slot_of = rng.random((len(step.layers), NUM_EXPERTS)).argsort(axis=1).astype(np.int32)
+    plain = step.repack()
+    rows = plain.row_versions >= 0
+    ids = plain.topk_ids[:, rows].copy()
+    del plain
+    found = step.repack(slot_of=slot_of)
+    if not np.array_equal(found.topk_ids[:, rows], np.stack([of[each] for of, each in zip(slot_of, ids, strict=True)])):
+        raise R3Error(f"{step.name}: the result with a table is wrong")
+    del found, ids
+    times = [(seconds(step.repack), seconds(lambda: step.repack(slot_of=slot_of))) for _ in range(repeats)]
+    return round(median(without / placed for without, placed in times), 3)
+
+
 def measure_others(step: Step, repeats: int = 3) -> dict[str, Any]:
     """Measure numpy, as well as it can be written, and torch as trainers use it."""
     routes = step.repack()
@@ -328,8 +348,8 @@ def measure_sets(traces: list[RoutingTrace], repeats: int = 5) -> dict[str, Any]
     """Measure coding and decoding of the longest trace, in bytes of its uint8 ids."""
     trace = max(traces, key=lambda trace: trace.num_tokens)
     bits = _core.set_bits(NUM_EXPERTS, TOPK)
-    rows = int(trace.captured.sum()) * NUM_LAYERS
-    codes = np.empty((rows * bits + 7) // 8, dtype=np.uint8)
+    routes = int(trace.captured.sum()) * NUM_LAYERS
+    codes = np.empty((routes * bits + 7) // 8, dtype=np.uint8)
     ids = np.empty_like(trace.topk_ids)
     shared: dict[str, Any] = {"version_ids": trace.version_ids, "num_experts": NUM_EXPERTS, "codes": codes}
     encoding = median(seconds(lambda: _core.encode_sets(topk_ids=trace.topk_ids, **shared)) for _ in range(repeats))
@@ -337,7 +357,7 @@ def measure_sets(traces: list[RoutingTrace], repeats: int = 5) -> dict[str, Any]
     data = encode(trace)
     if not np.array_equal(ids, np.sort(trace.topk_ids, axis=2)) or not np.array_equal(decode(data).topk_ids, ids):
         raise R3Error("the decoded sets are wrong")
-    bound = rows * bits / 8
+    bound = routes * bits / 8
     return {
         "set_decode_gbps": round(ids.nbytes / decoding / 1e9, 3),
         "set_encode_gbps": round(ids.nbytes / encoding / 1e9, 3),

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.request import ScoreRequest, TrainerOptions
+from r3_adapter.megatron.policy_trainer.options import ScoreRequest, TrainerOptions
 from r3_adapter.processes import run_together
+from r3_adapter.proof.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.rollout import save_samples
 from r3_adapter.sglang.engine import rollout_in_subprocess
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE, TinyModel, write_checkpoint
 
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 16, 112
 WARM_UP = 2
@@ -59,7 +59,7 @@ def bench_replay(
 
         run_together(
             [
-                [sys.executable, "-m", "r3_adapter.megatron.bench", str(folder / "request.json"), str(rank)]
+                [sys.executable, "-m", "r3_adapter.bench.replay_rank", str(folder / "request.json"), str(rank)]
                 for rank in range(layout.world_size)
             ],
             env=[{"OMP_NUM_THREADS": "1"}] * layout.world_size,

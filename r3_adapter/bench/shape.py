@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r3_adapter.errors import R3Error, check_choice
-from r3_adapter.megatron.shapes import PARTS, SHAPES
+from r3_adapter.model_shapes import PARTS, SHAPES
 from r3_adapter.processes import run_together
 
 Device = Literal["cpu", "cuda"]
@@ -55,6 +55,6 @@ def bench_shape(
             "rendezvous": str(folder / "rendezvous"),
         }
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "r3_adapter.megatron.bench_shape", str(folder / "request.json")]
+        command = [sys.executable, "-m", "r3_adapter.bench.shape_process", str(folder / "request.json")]
         run_together([command], env=[{}], timeout=3600, what="trainer", each="rank")
         return dict(json.loads(out.read_text(encoding="utf-8")))

@@ -2,10 +2,10 @@
 
     torchrun ... -m r3_adapter.frameworks.megatron_rl train_rl.py --perform-rl-step --moe-enable-routing-replay ...
 
-Its inference engine records the experts of a request and forgets them. Here they go, with the request's tokens, into
-the ledger by which the loop hands on what its HTTP server does not; each training row gets those of its turns; and the
-policy's passes, for old log-probabilities and for training, replay them by Megatron's own RouterReplay. The reference
-model routes live.
+Its inference engine records the experts of a request and drops them. This module puts them, with the request's tokens,
+into the ledger by which the loop passes on what its HTTP server does not. Each training row gets the experts of its
+turns. The policy's passes, for old log-probabilities and for training, replay them by Megatron's own RouterReplay. The
+reference model routes live.
 
 S: tokens of a request or a row; M: MoE layers; K: experts a token; b: rows of a micro-batch.
 
@@ -31,7 +31,7 @@ from r3_adapter.layout import Packing
 from r3_adapter.megatron.agreement import agreed
 from r3_adapter.megatron.attach import attach
 from r3_adapter.megatron.batches import packed_places
-from r3_adapter.megatron.checks import moe_layers
+from r3_adapter.megatron.layers import unwrapped, whole_moe_layers
 from r3_adapter.megatron.replay import StepInput, prepare_step
 from r3_adapter.signals import run_command
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
@@ -61,9 +61,11 @@ class Shape(NamedTuple):
     topk: int
 
     @classmethod
-    def of(cls, config: Any) -> "Shape":
-        """Return that of a model. config: its TransformerConfig."""
-        return cls(np.array(moe_layers(config), np.int32), config.num_moe_experts, config.moe_router_topk)
+    def of(cls, chunk: Any) -> "Shape":
+        """Return that of the model that a chunk is of."""
+        model = unwrapped(chunk)
+        layers = whole_moe_layers(model, model.config)
+        return cls(np.array(layers, np.int32), model.config.num_moe_experts, model.config.moe_router_topk)
 
 
 class Numbered(list[Any]):
@@ -73,7 +75,7 @@ class Numbered(list[Any]):
 
 
 def take_recorded(request: Any) -> Recorded:
-    """Take what a finished request has recorded; it is not sent through the HTTP server then.
+    """Take the recorded experts off a finished request, so that they are not sent through the HTTP server.
 
     request: the engine's, all parts of it merged.
     """
@@ -192,9 +194,7 @@ class Passes:
         check_arguments(self._args())
         # It takes the records of these rollouts out of the ledger.
         self._recorded = {name: getattr(each, _RECORDED, None) for name, each in call["request_ledger"].items()}
-        from megatron.core.utils import get_model_config
-
-        self._shape, self._of_policy = Shape.of(get_model_config(call["model"][0])), True
+        self._shape, self._of_policy = Shape.of(call["model"][0]), True
         data, *rest = theirs(**call)
         self._recorded.clear()
         data.iterable = numbered(data.iterable, len(self._traces))
@@ -239,7 +239,7 @@ class Passes:
         with not_recording():
             attached = attach(chunks, backend="native")
             try:
-                # The last token of a row is fed, and nobody reads what comes of it.
+                # The last token of a row is fed, but its output is not used.
                 steps = prepare_step(chunks, inputs, backend="native", last_row="balanced")
                 with attached.replaying(steps):
                     yield

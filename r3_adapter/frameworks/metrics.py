@@ -1,4 +1,4 @@
-"""What a framework's own metrics say of replay: rows, agreement of live and replayed experts, and k3.
+"""Metrics of replay for a framework's own log: rows, agreement of live and replayed experts, and k3.
 
 N: samples; T: tokens of a rank; K: experts a token; E: experts of a layer.
 """
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from r3_adapter.megatron.replay import ReplayBatch, moe_routers
+from r3_adapter.megatron.layers import moe_routers
+from r3_adapter.megatron.replay import ReplayBatch
 
 
 @dataclass
 class Counts:
-    """Of a step, this rank's: rows by kind, and experts of replayed rows that the live router would have taken too.
+    """A rank's counts of a step: rows by kind, and replayed experts that the live router would have taken too.
 
     ids: of the rows that were compared. ids_equal: those that are also among the live top-k.
     """

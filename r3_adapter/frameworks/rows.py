@@ -1,4 +1,4 @@
-"""Routes on their way through a framework's data: rows of the engine become traces, and traces arrays of int32.
+"""Routes in a framework's data: the engine's rows become traces, and traces become arrays of int32.
 
 S: tokens of a sample; L: decoder layers; K: experts a token.
 """

@@ -34,7 +34,7 @@ _NO_TERMS = Terms()
 
 
 def agreed(make: Callable[[], _Made]) -> _Made:
-    """Return what `make` makes, or raise on all ranks if it raises on one; every rank must call it.
+    """Return the result of `make`, or raise on all ranks if it raises on one; every rank must call it.
 
     Raises:
         ReplayError: Names each rank whose `make` has raised, and what. A rank that was interrupted raises that instead,
@@ -44,7 +44,7 @@ def agreed(make: Callable[[], _Made]) -> _Made:
 
 
 def agreed_step(make: Callable[[], _Made], terms: Callable[[_Made], Terms]) -> tuple[_Made, str]:
-    """Do as `agreed` does, and compare terms; return what was made, and why no dispatch is planned, if it is not.
+    """Do what `agreed` does, and compare terms; return the result, and why no dispatch is planned, if none is.
 
     Raises:
         ReplayError: As `agreed`; or ranks have other numbers of micro-batches.
@@ -118,7 +118,7 @@ def _check_numbers(terms: Terms, device: Any) -> None:
 
 
 def _message(problem: str) -> bytes:
-    """Return a problem's bytes, padded with 0; what has no place in them is escaped, what is too long is cut."""
+    """Return a message's bytes, padded with 0; what cannot be encoded is escaped, what is too long is cut."""
     text = problem.replace("\0", "\\0").encode(errors="backslashreplace")
     if len(text) > _MESSAGE_BYTES:
         # Not in the middle of a character.

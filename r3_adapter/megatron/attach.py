@@ -1,4 +1,4 @@
-"""Routes for the forward passes of any training loop, handed over by hooks on the model: the loop stays as it is."""
+"""Hooks that hand a model the routes of each forward pass, so that a training loop need not be changed."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from r3_adapter.errors import ReplayError, check_choice
+from r3_adapter.megatron.backends import Backend, Channel
 from r3_adapter.megatron.dispatch import COUNTS
-from r3_adapter.megatron.feeding import FEEDS, AuxLosses, Channel, Feed, Outside
+from r3_adapter.megatron.feeding import FEEDS, AuxLosses, Feed, Outside
+from r3_adapter.megatron.layers import moe_layers, moe_routers, unwrapped
 from r3_adapter.megatron.reach import ARGUMENT, forget
-from r3_adapter.megatron.replay import ReplayBatch, check_chunks, moe_layers, moe_routers, unwrapped
-from r3_adapter.megatron.request import Backend
+from r3_adapter.megatron.replay import ReplayBatch, check_chunks
 
 _PLAN = "build_schedule_plan"
 
@@ -25,7 +26,9 @@ def attach(
     outside: Outside = "live",
     aux_losses: AuxLosses | None = None,
 ) -> "Attached":
-    """Put hooks on the GPTModel of each model chunk, which hand its passes their routes; once, when the model is built.
+    """Put hooks on the GPTModel or HybridModel of each chunk, which hand its passes their routes.
+
+    Once, when the model is built.
 
     A chunk may lie in wrappers that know no routes (a value head, a vision tower, data parallelism): the hooks are
     inside of them. Prepare routes with the `backend` of what is returned.
@@ -37,7 +40,7 @@ def attach(
         "patch" does as moe_router_replay_aux_loss says, and refuses other words.
 
     Raises:
-        ReplayError: no chunks, one that has no GPTModel or several, or one that is attached already; a back end that
+        ReplayError: no chunks, one that has no such model or several, or one that is attached already; a back end that
             this Megatron has not, or options that it gets wrong.
     """
     check_choice("backend", backend, Backend, ReplayError)
@@ -50,17 +53,19 @@ def attach(
         if model in FEEDS or any(model is other for other in models[:index]):
             raise ReplayError(f"chunk {index}: its {type(model).__name__} is attached already: detach it first")
         if not hasattr(getattr(model, "decoder", None), "layers"):
-            raise ReplayError(f"chunk {index}: a {type(model).__name__} has no GPTModel inside, or several")
+            raise ReplayError(
+                f"chunk {index}: a {type(model).__name__} has no GPTModel or HybridModel inside, or several"
+            )
     channel = _chosen(backend, models)
     feeds = [_feed(index, chunk, channel, outside, aux_losses) for index, chunk in enumerate(chunks)]
-    # What was seen of them as they were.
+    # What was checked of the chunks before they had hooks.
     for each in (*chunks, *models):
         forget(each)
     return Attached(channel, models, feeds)
 
 
 def takes_routes(model: Any) -> bool:
-    """Tell whether a GPTModel takes routes as an argument: whether Megatron-core is patched."""
+    """Tell whether a model takes routes as an argument: whether Megatron-core is patched."""
     return ARGUMENT in inspect.signature(type(model).forward).parameters
 
 
@@ -82,7 +87,7 @@ class Attached:
 
     @contextmanager
     def replaying(self, steps: Sequence[Sequence[ReplayBatch]]) -> Iterator[None]:
-        """Hand the k-th forward pass of each chunk, inside, its k-th batch; `build_schedule_plan` counts as one.
+        """Give the k-th forward pass inside, of each chunk, its k-th batch; `build_schedule_plan` counts as one.
 
         steps: by chunk and micro-batch, as `prepare_step` returns them.
 
@@ -106,7 +111,7 @@ class Attached:
             raise ReplayError("; ".join(left))
 
     def detach(self) -> None:
-        """Take the hooks away: the model is as it was before `attach`. A second time is nothing.
+        """Remove the hooks: the model is as it was before `attach`. A second call does nothing.
 
         Raises:
             ReplayError: inside of `replaying`.
@@ -152,8 +157,9 @@ def _chosen(backend: Backend, models: Sequence[Any]) -> Channel:
     if backend == "auto":
         backend = "patch" if patched else "native"
     if backend == "patch" and not patched:
+        name = next(type(model).__name__ for model in models if not takes_routes(model))
         raise ReplayError(
-            "backend 'patch': GPTModel.forward takes no routed_experts; is megatron-core patched (`r3 patch verify`)?"
+            f"backend 'patch': {name}.forward takes no routed_experts; is megatron-core patched (`r3 patch verify`)?"
         )
     return backend
 
@@ -172,7 +178,7 @@ def _feed(index: int, chunk: torch.nn.Module, channel: Channel, outside: Outside
 
 
 def _hook(model: Any, feed: Feed) -> list[Callable[[], object]]:
-    """Hand a model its routes, before all other hooks; return what takes that back, in the order it was done."""
+    """Add the hooks that hand a model its routes, before all others; return functions that undo it, in that order."""
     if feed.channel == "native":
         from r3_adapter.megatron import native
 

@@ -25,7 +25,10 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
 
     cp_cut: CpCut = "zigzag"
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
+    ) -> None:
+        """Be Megatron's own; k_channels, v_channels: widths of heads where they differ, which the tensors say too."""
         alone = copy.copy(config)
         alone.context_parallel_size = 1
         super().__init__(alone, *args, **kwargs)
@@ -41,7 +44,7 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend; query, key, value: [t, b, heads, head_dim], without b if packed. attention_mask is not looked at."""
+        """Attend; query, key, value: [t, b, heads, head_dim], without b if packed. attention_mask is ignored."""
         group = ps.get_context_parallel_group()
         if packed_seq_params is None:
             rooms = [len(query) * group.size()]
@@ -50,6 +53,8 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
             padded = packed_seq_params.cu_seqlens_q_padded
             rooms = (packed_seq_params.cu_seqlens_q if padded is None else padded).diff().tolist()
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        if packed_seq_params is not None and group.size() == 1 and len(rooms) > 1:
+            return self._by_sequence(query, key, value, rooms, **kwargs)
         places = [_places(rooms, group.size(), rank, self.cp_cut).to(query.device) for rank in range(group.size())]
         query, key = self.positioned(query, key, places[group.rank()][:, 1], max(rooms))
         own, everybody = places[group.rank()][:, None], torch.cat(places)[None]
@@ -57,13 +62,35 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         if self.window is not None:
             masked |= own[..., 1] - everybody[..., 1] > self.window[0]
         key, value = (gather_from_sequence_parallel_region(part.contiguous(), group=group) for part in (key, value))
+        self.hidden_size_per_partition = self.num_attention_heads_per_partition * value.shape[-1]
         out: torch.Tensor = super().forward(query, key, value, masked[None, None], **kwargs)
-        return out
+        return out if packed_seq_params is None else out.squeeze(1)
+
+    def _by_sequence(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rooms: Sequence[int], **kwargs: Any
+    ) -> torch.Tensor:
+        """Attend in each packed sequence by itself: a mask over all of them would cost the square of their sum.
+
+        query, key, value: [t, 1, heads, head_dim]; returns [t, heads * head_dim].
+        """
+        longest = max(rooms)
+        step, room = torch.arange(longest)[:, None], torch.tensor(rooms)
+        within = step < room
+        # Places behind a sequence's end hold any token: no query of the sequence sees them.
+        at = (torch.where(within, step, 0) + room.cumsum(0) - room).to(query.device)
+        query, key, value = (part[at, 0] for part in (query, key, value))
+        query, key = self.positioned(query, key, step[:, 0].to(query.device), longest)
+        masked = step < step.T
+        if self.window is not None:
+            masked |= step - step.T > self.window[0]
+        self.hidden_size_per_partition = self.num_attention_heads_per_partition * value.shape[-1]
+        out: torch.Tensor = super().forward(query, key, value, masked[None, None].to(query.device), **kwargs)
+        return out.transpose(0, 1)[within.T.to(out.device)]
 
     def positioned(
         self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, longest: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return queries and keys as they come, turned already. positions: [t], below `longest`."""
+        """Return queries and keys as they are, rotated already. positions: [t], below `longest`."""
         return query, key
 
 

@@ -16,7 +16,7 @@ import torch
 
 from r3_adapter.errors import LayoutError, check_choice
 from r3_adapter.layout import CpCut, Packing, ParallelLayout, QkvFormat, local_segments
-from r3_adapter.reference import tokens_of_cp_rank
+from r3_adapter.megatron.inputs import own_cut
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
 
@@ -45,7 +45,7 @@ class MicroBatch:
         """Return what GPTModel.forward wants of packed sequences; None for a padded batch.
 
         with_padding: let a sample's padding be tokens of it, behind all others. Multi-token prediction needs that: it
-            moves tokens inside of these bounds, and takes them for the places in the batch.
+            moves tokens inside of these bounds, and takes them for the tokens of the batch.
         """
         if self.packing.qkv_format == "sbhd":
             return None
@@ -54,6 +54,8 @@ class MicroBatch:
         padded = _cumulated(self.packing.rooms, self.tokens.device)
         lengths = padded if with_padding else _cumulated([each.num_tokens for each in self.traces], padded.device)
         longest = max(self.packing.rooms)
+        # A mixer of Mamba starts anew with each sequence only if it is told how many tokens there are.
+        total = {"total_tokens": sum(self.packing.rooms)} if hasattr(PackedSeqParams, "total_tokens") else {}
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=lengths,
@@ -62,6 +64,7 @@ class MicroBatch:
             cu_seqlens_kv_padded=padded,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            **total,
         )
 
 
@@ -94,12 +97,20 @@ def micro_batches(
             packing = _packed([samples[i] for i in chosen], layout, cp_cut)
         else:
             packing = Packing.padded(size, longest, cp_cut=cp_cut)
-        # The oracle's order of tokens, not that of the code which is to be proved.
-        places = np.array(tokens_of_cp_rank(packing, layout.cp, coords.cp_rank), np.int64).swapaxes(0, 1)
-        if qkv_format == "thd":
-            places = places.reshape(1, -1, 2)
+        places = places_as_cut(packing, layout.cp, coords.cp_rank)
         batches.append(_build(samples, chosen, packing, places, device))
     return batches
+
+
+def places_as_cut(packing: Packing, cp: int, cp_rank: int) -> npt.NDArray[np.int64]:
+    """Return [b, s / cp, 2] or [1, t / cp, 2] sample and position of each token of a context-parallel rank.
+
+    The tokens themselves are cut, as Megatron cuts a batch. The segments of `layout`, by which routes are cut, have no
+    part in it, so a proof that uses both shows when they are wrong.
+    """
+    longest = max(1, *packing.rooms)
+    tokens = [np.arange(room) + sample * longest for sample, room in enumerate(packing.rooms)]
+    return np.stack(np.divmod(own_cut(tokens, packing, cp)(cp_rank), longest), axis=-1)
 
 
 def packed_micro_batch(
@@ -177,13 +188,13 @@ def _build(
     device: torch.device,
 ) -> MicroBatch:
     mine = [samples[i] for i in chosen]
-    # All samples one after the other, each with a place more than its room, for the label of the last row.
+    # All samples one after the other, each with one more than its padded length, for the last position's label.
     starts = np.cumsum([0, *(room + 1 for room in packing.rooms)])
-    ids, learnt = np.zeros(starts[-1], np.int64), np.zeros(starts[-1], np.bool_)
+    ids, trained = np.zeros(starts[-1], np.int64), np.zeros(starts[-1], np.bool_)
     for start, sample in zip(starts[:-1], mine, strict=True):
         stop = start + sample.trace.num_tokens
         ids[start:stop] = sample.trace.token_ids
-        learnt[start + sample.num_prompt_tokens : stop] = sample.sampled
+        trained[start + sample.num_prompt_tokens : stop] = sample.sampled
     at = starts[places[..., 0]] + places[..., 1]
     fed = places[..., 1] < np.array([sample.trace.num_tokens - 1 for sample in mine])[places[..., 0]]
     temperatures = np.array([sample.temperature for sample in mine], np.float32)
@@ -195,7 +206,7 @@ def _build(
         tokens=torch.from_numpy(np.where(fed, ids[at], 0)).to(device),
         labels=torch.from_numpy(ids[at + 1]).to(device),
         positions=torch.from_numpy(places[..., 1].copy()).to(device),
-        loss_mask=torch.from_numpy(learnt[at + 1].astype(np.float32)).to(device),
+        loss_mask=torch.from_numpy(trained[at + 1].astype(np.float32)).to(device),
         temperatures=tempered,
         places=places,
     )

@@ -1,6 +1,5 @@
 """What replay refuses: options that bypass it or lose what it replays, layouts that Megatron trains wrongly."""
 
-import ast
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -10,11 +9,11 @@ from packaging.version import Version
 
 from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.feeding import Channel
-from r3_adapter.megatron.options import RELEASES, SELECTS, refused_options, unknown_options
+from r3_adapter.megatron.backends import Channel
+from r3_adapter.megatron.config_fields import RELEASES, SELECTS, refused_options, unknown_options
+from r3_adapter.megatron.layers import trace_layers
 from r3_adapter.trace import ModelId, RoutingTrace
 
-_MOST_LAYERS = 1 << 16
 _TP_REPLICAS_MENDED = "0.19"
 """Megatron-core from here on reduces the gradients of experts that tensor-parallel ranks all have."""
 
@@ -65,16 +64,19 @@ def check_config(config: Any, layer_id: int, channel: Channel = "patch") -> None
 
 def check_model(
     model: Any, routers: Mapping[int, Any], traces: Sequence[RoutingTrace], channel: Channel = "patch"
-) -> None:
+) -> Mapping[int, int]:
     """Refuse routers that would not follow the traces, and traces of another model.
 
-    model: a GPTModel; routers: its MoE routers by global layer; channel: how experts get to them.
+    model: a GPTModel or a hybrid model; routers: its MoE routers by global layer; channel: how experts get to them.
+
+    Returns:
+        What the traces call each MoE layer of the model.
 
     Raises:
         ReplayError: Names the layer or the sample, and both operands.
     """
     if (found := os.environ.get(_OTHER_REPLAY, "0")) != "0":
-        raise ReplayError(f"{_OTHER_REPLAY} ({found!r}) != '0': a replay of the training framework's own is on")
+        raise ReplayError(f"{_OTHER_REPLAY} ({found!r}) != '0': the training framework's own replay is on")
     seen = set()
     for layer_id, router in routers.items():
         if id(router.config) not in seen:
@@ -86,7 +88,8 @@ def check_model(
     # The first layer of each shape; a stage without MoE layers has the model's.
     shapes = {(each.config.num_moe_experts, each.topk): f"layer {layer}" for layer, each in [*routers.items()][::-1]}
     shapes = shapes or {(config.num_moe_experts, config.moe_router_topk): "the model"}
-    known = {*moe_layers(config), *routers}
+    known, num_layers = trace_layers(model, config, traces)
+    known = {layer: layer for layer in routers} | dict(known)
     checked = set()
     for index, trace in enumerate(traces):
         routes = (trace.num_experts, trace.topk)
@@ -95,64 +98,28 @@ def check_model(
         for shape, where in shapes.items():
             if routes != shape:
                 raise ReplayError(f"sample {index}: (experts, top-k) {routes} of its trace != {shape} of {where}")
-        _check_identity(index, trace.model, config, getattr(model, "vocab_size", None))
+        _check_identity(index, trace.model, num_layers, config.hidden_size, getattr(model, "vocab_size", None))
         checked.add((routes, trace.model))
     # repack refuses traces of other layers than the first one's.
     layer_ids = traces[0].layer_ids.tolist()
-    if extra := sorted({*layer_ids} - known):
+    if extra := sorted({*layer_ids} - {*known.values()}):
         raise ReplayError(
             f"sample 0: layer {extra[0]} of its trace's {len(layer_ids)} MoE layers is none of the "
             f"model's {len(known)} ({len(extra)} such layers)"
         )
+    return known
 
 
-def _check_identity(index: int, identity: ModelId | None, config: Any, vocab_size: int | None) -> None:
+def _check_identity(
+    index: int, identity: ModelId | None, num_layers: int, hidden_size: int, vocab_size: int | None
+) -> None:
     """Compare what a trace says of its model; Megatron pads the vocabulary."""
     if identity is None:
         return
-    for name in ("num_layers", "hidden_size"):
-        if getattr(identity, name) != getattr(config, name):
-            raise ReplayError(
-                f"sample {index}: {name} ({getattr(identity, name)}) of its trace's model != {getattr(config, name)}"
-            )
+    for name, own in (("num_layers", num_layers), ("hidden_size", hidden_size)):
+        if getattr(identity, name) != own:
+            raise ReplayError(f"sample {index}: {name} ({getattr(identity, name)}) of its trace's model != {own}")
     if vocab_size is not None and identity.vocab_size > vocab_size:
         raise ReplayError(
             f"sample {index}: vocab_size ({identity.vocab_size}) of its trace's model > {vocab_size}, padding included"
         )
-
-
-def moe_layers(config: Any) -> list[int]:
-    """Return the global decoder layers (from 0) of the whole model that are MoE layers.
-
-    Raises:
-        ReplayError: A moe_layer_freq that says none.
-
-    Source: megatron/core/models/gpt/gpt_layer_specs.py@0.16.1:get_gpt_decoder_layer_specs;
-        megatron/training/arguments.py@0.19.2:moe_freq_type, for the text.
-    """
-    frequency, number = getattr(config, "moe_layer_freq", 1), config.num_layers
-    pattern = frequency
-    if isinstance(frequency, str):
-        try:
-            pattern = _pattern(ast.parse(frequency, mode="eval").body)
-        except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError) as error:
-            raise ReplayError(f"moe_layer_freq {frequency!r} is no pattern of layers: {error}") from error
-    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
-        return list(range(0, number, pattern))
-    if not isinstance(pattern, list | tuple) or len(pattern) != number or not {*pattern} <= {0, 1}:
-        raise ReplayError(f"moe_layer_freq {frequency!r} is no pattern of {number} layers")
-    return [layer for layer, moe in enumerate(pattern) if moe]
-
-
-def _pattern(node: ast.expr) -> Any:
-    """Evaluate a number, or lists of numbers that are added and multiplied, as in "[0]*3+[1]*58"."""
-    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _MOST_LAYERS:
-        return node.value
-    if isinstance(node, ast.List):
-        return [_pattern(each) for each in node.elts]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-        left, right = _pattern(node.left), _pattern(node.right)
-        found = left + right if isinstance(node.op, ast.Add) else left * right
-        if isinstance(found, list) and len(found) < _MOST_LAYERS:
-            return found
-    raise ValueError(f"{ast.unparse(node)!r} is none")

@@ -11,6 +11,7 @@ loaded when a GPU is present.
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from packaging.version import Version
 
 from r3_adapter.errors import ReplayError
+from r3_adapter.megatron import kernels
 
 _CPU = torch.device("cpu")
 
@@ -45,7 +47,15 @@ def install() -> None:
         _uneven_collectives,
     ):
         answer()
-    for answer in (_rng_tracker, _missing_te_gemm, _split_sizes, _sequence_parallel_norm, _inference_layers):
+    for answer in (
+        _rng_tracker,
+        _missing_te_gemm,
+        _split_sizes,
+        _sequence_parallel_norm,
+        _inference_layers,
+        _gated_delta_net,
+        _latent_projection,
+    ):
         answer()
     torch.cuda._r3_cpu_support = True
 
@@ -225,11 +235,16 @@ def _sequence_parallel_norm() -> None:
     """WrappedTorchNorm refuses sequence_parallel, and MoE training with TP refuses to go without it.
 
     The norm is the same; its weight is marked, as TransformerEngine's is, so that its gradient is reduced over TP.
+    It refuses weights around zero too, which families with gated delta nets have.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     def new(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.Module:
         norm = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        if config.layernorm_zero_centered_gamma:
+            if norm is not torch.nn.RMSNorm:
+                raise ReplayError(f"layernorm_zero_centered_gamma with {config.normalization} does not work on a CPU")
+            norm = kernels.ZeroCenteredRMSNorm
         module = norm(normalized_shape=hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in module.parameters():
             parameter.sequence_parallel = config.sequence_parallel
@@ -247,6 +262,55 @@ def _inference_layers() -> None:
     from megatron.core.transformer import multi_token_prediction
 
     multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
+
+
+def _gated_delta_net() -> None:
+    """A gated delta net wants fla; up to 0.18 it uses only the norm of queries and keys with deterministic_mode.
+
+    Its convolution and its rule are torch's then, so a model on the CPU has to have that option. Later ones get both
+    in torch without it, and for packed sequences too.
+    """
+    import megatron.core.ssm.gated_delta_net as package
+
+    # A package since 0.19.
+    modules: list[Any] = [
+        module for name in ("common", "gdn") if (module := sys.modules.get(f"{package.__name__}.{name}")) is not None
+    ] or [package]
+    if modules[0].HAVE_FLA:
+        return
+    modules[0].HAVE_FLA, modules[0].l2norm = True, kernels.l2norm
+    if modules[0] is not package:
+        rule = kernels.by_sequence(modules[0].torch_chunk_gated_delta_rule)
+        for module in modules:
+            module.causal_conv1d, module.chunk_gated_delta_rule = kernels.causal_conv1d, rule
+
+
+def _latent_projection() -> None:
+    """Latent experts are between two layers of TransformerEngine's, which each tensor-parallel rank has whole."""
+    from megatron.core.transformer.moe import moe_layer
+
+    if hasattr(moe_layer, "HAVE_TE") and not moe_layer.HAVE_TE:
+        moe_layer.HAVE_TE, moe_layer.TELinear = True, kernels.DuplicatedLinear
+
+
+def install_hybrid() -> None:
+    """Make the layers of Megatron's HybridModel run on the CPU too; call it before building one.
+
+    A mixer of Mamba wants mamba-ssm and causal-conv1d, the block TransformerEngine's last norm.
+
+    Raises:
+        ReplayError: as for `install`, which it calls.
+    """
+    install()
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.ssm import mamba_mixer
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    if not mamba_mixer.HAVE_MAMBA_SSM:
+        mamba_mixer.HAVE_MAMBA_SSM, mamba_mixer.ExtendedRMSNorm = True, kernels.GroupedRMSNorm
+        mamba_mixer.mamba_split_conv1d_scan_combined = kernels.mamba_split_conv1d_scan_combined
+        mamba_mixer._check_mamba_sequence_packing_support = lambda for_inference_not_training=True: (True, None)
+    hybrid_block.TENorm = WrappedTorchNorm
 
 
 def _barrier() -> None:

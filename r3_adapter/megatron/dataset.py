@@ -1,6 +1,6 @@
-"""Recorded rollouts as training data: shuffled by seed and epoch, shared out over data-parallel ranks, resumable.
+"""Recorded rollouts as training data: shuffled by seed and epoch, divided among data-parallel ranks, resumable.
 
-An item is a list of samples, which make a row of a micro-batch: one sample, or as many as a packed row holds.
+An item is a list of samples that make one sequence of a micro-batch: one sample, or as many as are packed into it.
 """
 
 from bisect import bisect_right
@@ -31,7 +31,7 @@ class _Epochs:
         if not self._ends or not self._ends[-1]:
             raise TraceError(f"no samples in {[str(folder.folder) for folder in folders]}")
         self.num_samples = self._ends[-1]
-        # The latest two epochs: workers that read ahead are at both sides of a border.
+        # The latest two epochs: workers that read ahead may be in either.
         self._orders = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.num_samples))
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -77,58 +77,58 @@ class RolloutDataset(Dataset[list[Sample]]):
 
 
 class PackedRollouts(Dataset[list[Sample]]):
-    """Rows of packed samples: each is filled with the next ones of the epoch, in the order of RolloutDataset.
+    """Packed sequences: each is filled with the next samples of the epoch, in the order of RolloutDataset.
 
-    A row ends before the first sample that it has no room for, and at the end of the epoch. Item i depends on the
-    arguments, i and the folders alone.
+    A sequence ends before the first sample that does not fit, and at the end of the epoch. Item i depends only on the
+    arguments, i and the folders.
 
-    num_rows: length; may be more or less than an epoch.
-    seq_length: tokens of a row.
-    room: what a sample with a number of tokens takes of a row.
+    num_sequences: length; may be more or less than an epoch.
+    seq_length: tokens of a sequence, padding included.
+    padded_length: of a sample with a number of tokens.
 
     Raises:
         TraceError: folders without any sample.
-        LayoutError: a sample that is longer than a row.
+        LayoutError: a sample that is longer than a sequence.
     """
 
     def __init__(
         self,
         folders: Sequence[SampleFolder],
         *,
-        num_rows: int,
+        num_sequences: int,
         seq_length: int,
-        room: Callable[[int], int],
+        padded_length: Callable[[int], int],
         seed: int,
     ) -> None:
-        self._epochs, self._num_rows, self._seq_length = _Epochs(folders, seed), num_rows, seq_length
-        self._rooms = [room(self._epochs.num_tokens(number)) for number in range(self._epochs.num_samples)]
-        if (longest := max(self._rooms)) > seq_length:
-            raise LayoutError(f"a sample that takes {longest} tokens of a row > sequence length ({seq_length})")
+        self._epochs, self._num_sequences, self._seq_length = _Epochs(folders, seed), num_sequences, seq_length
+        self._lengths = [padded_length(self._epochs.num_tokens(number)) for number in range(self._epochs.num_samples)]
+        if (longest := max(self._lengths)) > seq_length:
+            raise LayoutError(f"padded length ({longest}) of a sample > sequence length ({seq_length})")
         self._ends: list[int] = []
-        """Rows up to the end of each epoch that was looked at."""
+        """Sequences up to the end of each epoch that was read."""
         self._bounds = lru_cache(2)(self._bounds_of)
 
     def __len__(self) -> int:
-        return self._num_rows
+        return self._num_sequences
 
     def __getitem__(self, index: int) -> list[Sample]:
         while not self._ends or index >= self._ends[-1]:
-            rows = len(self._bounds(len(self._ends))) - 1
-            self._ends.append(rows + (self._ends[-1] if self._ends else 0))
+            number = len(self._bounds(len(self._ends))) - 1
+            self._ends.append(number + (self._ends[-1] if self._ends else 0))
         epoch = bisect_right(self._ends, index)
-        row = index - (self._ends[epoch - 1] if epoch else 0)
-        start, stop = self._bounds(epoch)[row : row + 2]
+        at = index - (self._ends[epoch - 1] if epoch else 0)
+        start, stop = self._bounds(epoch)[at : at + 2]
         return [self._epochs.sample(int(number)) for number in self._epochs.order(epoch)[start:stop]]
 
     def _bounds_of(self, epoch: int) -> list[int]:
-        """Return where in the epoch's order each row begins, and its end."""
+        """Return where in the epoch's order each sequence begins, and its end."""
         bounds, filled = [0], 0
         for place, number in enumerate(self._epochs.order(epoch).tolist()):
-            room = self._rooms[number]
-            if filled + room > self._seq_length:
+            length = self._lengths[number]
+            if filled + length > self._seq_length:
                 bounds.append(place)
                 filled = 0
-            filled += room
+            filled += length
         return [*bounds, self._epochs.num_samples]
 
 
@@ -143,8 +143,8 @@ def batches_of_rank(
 ) -> Iterator[list[Sample]]:
     """Return this data-parallel rank's micro-batches, from item `start` of the dataset on.
 
-    The share is that of Megatron's own sampler: dp_size micro-batches in a row, one for each rank. The last items are
-    left out where they fill no such row.
+    The share is that of Megatron's own sampler: dp_size consecutive micro-batches, one for each rank. The last items
+    are left out if they do not fill all of these.
     """
     first = range(start + dp_rank * micro_batch_size, len(dataset), micro_batch_size * dp_size)
     whole = (len(dataset) - start) // (micro_batch_size * dp_size)
@@ -152,5 +152,5 @@ def batches_of_rank(
     return iter(DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_joined))  # type: ignore[arg-type]
 
 
-def _joined(rows: Sequence[list[Sample]]) -> list[Sample]:
-    return [sample for row in rows for sample in row]
+def _joined(items: Sequence[list[Sample]]) -> list[Sample]:
+    return [sample for item in items for sample in item]

@@ -3,7 +3,7 @@
 Where all rows of a micro-batch have a route, the tokens that each rank sends to each expert are known on the host
 before the step. With the counts of all ranks of an expert group, Megatron's dispatchers exchange none in their MoE
 layers and wait for none. All ranks of a group take the sizes of their messages from the same counts, so that a wrong
-plan sends tokens astray and no rank waits for another; `check_dispatch` finds it after the pass.
+plan sends tokens to wrong ranks but lets no rank wait forever; `check_dispatch` finds it after the pass.
 
 B: micro-batches; M: MoE layers of a chunk; G: ranks of the expert group (expert-tensor times expert-model parallel);
 E: experts.
@@ -28,7 +28,7 @@ MoELayers = Mapping[int, Any]
 
 
 class Plan(NamedTuple):
-    """What is known beforehand of the dispatch of a micro-batch in a chunk.
+    """The token counts of a micro-batch in a chunk, known before its dispatch.
 
     counts: [M, G, E] int32 on the host; None where there is no plan.
     why_not: says why; empty where there is a plan.
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Return "planned", or in one of few words why not: what is counted of a step's micro-batches."""
+        """Return "planned", or one of a few words for why not, by which a step's micro-batches are counted."""
         if self.counts is not None:
             return "planned"
         if self.num_live:
@@ -82,10 +82,10 @@ def plan_step(chunks: Sequence[MoELayers], steps: Sequence[Sequence[RankRoutes]]
     counts = [np.stack([routes.counts for routes in step]) for step in steps]
     own = np.concatenate([live.ravel(), *(each.ravel() for each in counts)]).astype(np.int32)
     everybody = _gathered(own, dispatchers[0].tp_ep_group)
-    all_live = everybody[:, : live.size].reshape(-1, *live.shape)
+    all_live = everybody[:, : live.size].reshape(len(everybody), *live.shape)
     plans, at = list[list[Plan]](), live.size
     for chunk, each in enumerate(counts):
-        found = everybody[:, at : at + each.size].reshape(-1, *each.shape)
+        found = everybody[:, at : at + each.size].reshape(len(everybody), *each.shape)
         at += each.size
         plans.append([_plan(found[:, batch], all_live[:, chunk, batch]) for batch in range(len(each))])
     return plans

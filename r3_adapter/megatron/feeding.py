@@ -1,7 +1,7 @@
-"""Model chunks that get their routes from hooks, and what these hand to the next forward pass.
+"""Model chunks that get their routes from hooks, and the routes for their next forward pass.
 
-Here, and not in `attach`, for all that must know of such a chunk: `reach`, which looks at what its routers were given,
-and `replay`, which prepares routes for it.
+Apart from `attach`, since two other modules need it: `reach`, which looks at what the routers of such a chunk were
+given, and `replay`, which prepares routes for it.
 """
 
 import weakref
@@ -12,6 +12,7 @@ import torch
 
 from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.agreement import own_rank
+from r3_adapter.megatron.backends import Channel
 from r3_adapter.megatron.inputs import check_order
 
 if TYPE_CHECKING:
@@ -21,12 +22,10 @@ Outside = Literal["live", "refuse"]
 """What a forward pass outside of `replaying` does: its routers select, or it raises."""
 AuxLosses = Literal["replayed", "live"]
 """Which experts auxiliary losses count: those that are replayed, or those that the routers would select."""
-Channel = Literal["patch", "native"]
-"""How experts get to routers: as an argument of the patched Megatron, or by Megatron's own RouterReplay."""
 
 
 class Feed:
-    """The routes that one model chunk is fed, micro-batch by micro-batch.
+    """The routes that hooks hand to one model chunk, micro-batch by micro-batch.
 
     channel: how they get to the routers.
     given: the experts that the present pass was handed, [M, T, K]; None if none.
@@ -84,7 +83,7 @@ class Feed:
         return batch
 
     def left(self) -> str:
-        """Say what is left over; empty if nothing is."""
+        """Say which micro-batches were not used; empty if all were."""
         number = len(self._batches or ())
         if self._taken == number:
             return ""

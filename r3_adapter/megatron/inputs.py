@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of replay, said by name: their types and shapes, and tokens that are cut otherwise.
+"""Checks of the arguments of replay that name what is wrong: types, shapes, and tokens that are cut in another way.
 
 b: samples; s: sequence length; t: tokens of a packed micro-batch.
 """
@@ -112,7 +112,7 @@ def check_order(place: str, input_ids: object, routes: RankRoutes) -> None:
 def name_cut(
     traces: Sequence[RoutingTrace], tokens: npt.NDArray[Any], packing: Packing, layout: ParallelLayout, cp_rank: int
 ) -> str:
-    """Say how tokens that do not lie as the packing says do lie, if it is a way that is known; else an empty string.
+    """Name the order of tokens that do not lie as the packing says, if it is a known one; else an empty string.
 
     tokens: [b, s / cp] or [1, t / cp].
     """
@@ -121,7 +121,7 @@ def name_cut(
         return ""
     for row, trace in zip(rows, traces, strict=True):
         row[: trace.num_tokens] = trace.token_ids
-    own = _own_cut(rows, packing, cp)
+    own = own_cut(rows, packing, cp)
     if _same(tokens, mine := own(cp_rank)):
         return ""
     if _same(tokens, mine.T.reshape(mine.shape)):
@@ -136,7 +136,7 @@ def name_cut(
 
 
 def _same(tokens: npt.NDArray[Any], found: npt.NDArray[np.int64]) -> bool:
-    """Tell whether tokens are those that were found, of which there are some; padding may be anything."""
+    """Tell whether tokens equal those found, outside of padding; there must be at least one."""
     real = found != _NO_TOKEN
     return found.shape == tokens.shape and bool(real.any()) and np.array_equal(found[real], tokens[real])
 
@@ -168,8 +168,13 @@ def _interval(rows: list[npt.NDArray[np.int64]], packing: Packing, cp: int, rank
     return _joined([np.array_split(row, cp)[rank] for row in rows], packing)
 
 
-def _own_cut(rows: list[npt.NDArray[np.int64]], packing: Packing, cp: int) -> Callable[[int], npt.NDArray[np.int64]]:
-    """Return what gives a cp rank's tokens as the packing says."""
+def own_cut(rows: list[npt.NDArray[np.int64]], packing: Packing, cp: int) -> Callable[[int], npt.NDArray[np.int64]]:
+    """Return a function from a cp rank to its tokens, [b, s / cp] or [1, t / cp], cut as the packing says.
+
+    rows: the tokens of each sample, or any number for each of them.
+
+    Source: megatron/core/utils.py@0.16.1:get_batch_on_this_cp_rank
+    """
     if cp == 1:
         return lambda rank: _joined(rows, packing)
     if packing.cp_cut == "zigzag":

@@ -1,4 +1,4 @@
-"""What the routers really used, beside what the rollout had: hooks on them, counted by layer.
+"""Hooks on routers that compare the experts they used with the rollout's, counted by layer.
 
 T: tokens of this rank; K: experts a token; E: experts of a layer.
 """
@@ -8,14 +8,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.dispatch import Plan
+from r3_adapter.megatron.layers import moe_layers, moe_routers
 from r3_adapter.megatron.reach import experts_given
-from r3_adapter.megatron.replay import ReplayBatch, moe_routers
+from r3_adapter.megatron.replay import ReplayBatch
 
 
 @contextmanager
@@ -44,12 +46,36 @@ def router_clock(chunks: Sequence[torch.nn.Module]) -> Iterator[list[float]]:
             hook.remove()
 
 
+@contextmanager
+def expert_counter(chunks: Sequence[torch.nn.Module]) -> Iterator[dict[int, list[int]]]:
+    """Yield, by layer, how many tokens this rank's experts are given in each call, for as long as the context lasts.
+
+    A token counts once for each expert. They are counted where the dispatcher hands them over, so nothing waits for
+    the device.
+    """
+    found: dict[int, list[int]] = {}
+
+    def count(tokens: list[int], _: Any, args: Sequence[Any]) -> None:
+        tokens.append(len(args[0]))
+
+    layers = [(layer_id, layer.experts) for chunk in chunks for layer_id, layer in moe_layers(chunk)]
+    hooks = [
+        experts.register_forward_pre_hook(partial(count, found.setdefault(layer_id, [])))
+        for layer_id, experts in layers
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @dataclass
 class LayerCounts:
-    """Of rows with a route: how many there were, in how many all experts are the route's, and how many experts are."""
+    """Routes and their experts: how many there were, and how many the router used; of a route all and no others."""
 
-    rows: int = 0
-    rows_equal: int = 0
+    routes: int = 0
+    routes_equal: int = 0
     ids: int = 0
     ids_equal: int = 0
 
@@ -59,7 +85,7 @@ class RouterMonitor:
     """Watches the routers of a rank's model chunks, in forward passes and in recomputation.
 
     layers: counts by global decoder layer.
-    tokens: by micro-batch, which of the rows that have a route use it in all layers so far.
+    tokens: [T] bool by micro-batch; which of the tokens that have a route use it in all layers so far.
     record: keep the experts that were used, for `recorded`.
     """
 
@@ -89,7 +115,7 @@ class RouterMonitor:
         """Say which micro-batch the model is called with next.
 
         A router that is given routes tells by their address which micro-batch it works on: recomputation comes later,
-        when others have been through.
+        after the passes of other micro-batches.
         """
         self._latest = batch
         self._by_address[batch.routed_experts.untyped_storage().data_ptr()] = batch
@@ -127,8 +153,8 @@ class RouterMonitor:
             equal = (hits == want.shape[1]) & alone
             self.tokens[id(batch)] = self.tokens.get(id(batch), torch.ones_like(equal)) & equal
             counts = self.layers[layer_id]
-            counts.rows += want.shape[0]
-            counts.rows_equal += int(equal.sum())
+            counts.routes += want.shape[0]
+            counts.routes_equal += int(equal.sum())
             counts.ids += want.numel()
             counts.ids_equal += int(hits.sum())
 

@@ -19,8 +19,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from r3_adapter.errors import ReplayError
+from r3_adapter.megatron.config_fields import NATIVE_REFUSED, refusals
 from r3_adapter.megatron.feeding import AuxLosses, Feed, Outside
-from r3_adapter.megatron.options import NATIVE_REFUSED, refusals
 
 if TYPE_CHECKING:
     from r3_adapter.megatron.replay import ReplayBatch
@@ -139,12 +139,12 @@ class NativeFeed(Feed):
             router.router_replay = self._own[layer_id]
 
     def before(self, batch: "ReplayBatch | None") -> None:
-        """Aim the routers at a micro-batch, before its forward pass."""
+        """Give the routers the experts of a micro-batch, before its forward pass."""
         for index, target in enumerate(self._targets.values()):
             target.aim(None if batch is None else batch.routed_experts[index])
 
     def after(self, batch: "ReplayBatch", output: Any) -> None:
-        """Look whether all routers have asked, and see to it that they find the same experts when they recompute."""
+        """Check that all routers have asked, and keep the same experts for when they recompute."""
         for layer_id, target in self._targets.items():
             if not target.asked:
                 raise ReplayError(f"{self.place(1)}: layer {layer_id}: its router did not ask RouterReplay for experts")
@@ -168,7 +168,7 @@ class NativeFeed(Feed):
             for each in (own, self._targets[layer_id]):
                 if each is not None and (each.router_replay_action or each.replay_backward_list):
                     raise ReplayError(
-                        f"{self.place()}: layer {layer_id}: another replay is on: its RouterReplay has action "
+                        f"{self.place()}: layer {layer_id}: another replay is active: its RouterReplay has action "
                         f"{each.router_replay_action} and {len(each.replay_backward_list)} targets; turn off the "
                         "training framework's own"
                     )

@@ -1,4 +1,4 @@
-"""What launch/pretrain_r3.sh asks before it starts a rank; arguments: the folders of the rollouts and the checkpoint.
+"""Checks of launch/pretrain_r3.sh before it starts a rank; arguments: the folders of the rollouts and the checkpoint.
 
 Prints Megatron's flags of the checkpoint's model, a word a line, or says in a line what is missing and ends with exit
 code 2.
@@ -34,17 +34,17 @@ def check_environment() -> None:
     Raises:
         R3Error: says what to do.
     """
-    from r3_adapter import patching
-    from r3_adapter.patching import State
+    from r3_adapter.patch import packages
+    from r3_adapter.patch.packages import State
 
     if find_spec("megatron") is None or find_spec("megatron.training") is None:
         raise R3Error(
             f"{sys.executable} has no megatron.training, which comes with megatron-core from 0.17 on: set PYTHON to "
             "the interpreter of an environment that has it (PYTHON=python3.12 launch/test.sh makes .venv-3.12)"
         )
-    (found,) = patching.status(["megatron-core"])
+    (found,) = packages.status(["megatron-core"])
     if found.state is not State.APPLIED:
-        raise R3Error(patching.explain(found))
+        raise R3Error(packages.explain(found))
 
 
 def check_folders(traces: Path, checkpoint: Path) -> Mapping[str, Any]:
@@ -53,7 +53,7 @@ def check_folders(traces: Path, checkpoint: Path) -> Mapping[str, Any]:
     Raises:
         R3Error: a folder that is missing or holds something else, or sizes that differ, with both operands.
     """
-    from r3_adapter.megatron.checkpoint import Checkpoint
+    from r3_adapter.megatron.policy_trainer.checkpoint import Checkpoint
     from r3_adapter.rollout import sample_folders
 
     for folder in (traces, checkpoint):
@@ -91,7 +91,7 @@ def model_flags(hf: Mapping[str, Any]) -> list[str]:
     Raises:
         R3Error: another kind of model, or a feature that is not translated.
     """
-    from r3_adapter.megatron.model import check_translated, layer_pattern, rope_of
+    from r3_adapter.megatron.policy_trainer.build import check_translated, layer_pattern, rope_of
 
     check_translated(hf)
     numbers: dict[str, Any] = {

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from r3_adapter.megatron.checkpoint import Checkpoint
-from r3_adapter.megatron.checks import moe_layers
-from r3_adapter.megatron.model import check_all_read
-from r3_adapter.megatron.weights import load_weights
+from r3_adapter.megatron.layers import configured_moe_layers
+from r3_adapter.megatron.policy_trainer.weights import load_weights
 
 
 def model_config(args: Namespace) -> Any:
@@ -54,9 +52,7 @@ def begin_with(chunks: list[torch.nn.Module], folder: Path) -> list[torch.nn.Mod
     Raises:
         ReplayError: a weight of either that the other lacks, or that does not fit.
     """
-    read = [name for chunk in chunks for name in load_weights(chunk, folder, without=("mtp.",))]
-    with Checkpoint(folder) as checkpoint:
-        check_all_read(folder, checkpoint.names(), read)
+    load_weights(chunks, folder, without=("mtp.",))
     return chunks
 
 
@@ -78,4 +74,4 @@ def num_live_layers(config: Any) -> int:
     config: Megatron's TransformerConfig.
     """
     last = config.num_layers - 1
-    return (config.mtp_num_layers or 0) if config.num_moe_experts and last in moe_layers(config) else 0
+    return (config.mtp_num_layers or 0) if config.num_moe_experts and last in configured_moe_layers(config) else 0

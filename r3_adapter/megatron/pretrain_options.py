@@ -1,7 +1,7 @@
 """Arguments of megatron.training that launch/pretrain_r3.py would not follow: each is refused by name.
 
-What Megatron's model builder and its loop read is followed as it is. What remains is written for another model, another
-loop or another data set, and would be dropped without a word. Read in megatron.training 0.19.2.
+Arguments that Megatron's model builder and its loop read have their effect. The others are for another model, another
+loop or another data set, and would be ignored silently. Read in megatron.training 0.19.2.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from r3_adapter.errors import R3Error
-from r3_adapter.megatron.options import refused_options
+from r3_adapter.megatron.config_fields import refused_options
 
 _DATA = "samples are those of --r3-traces"
 _NO_BUILDER = "Megatron's builder of GPT models does not look at it"
@@ -19,7 +19,7 @@ _GROUPS: Mapping[str, str] = {
     "biencoder": "it is of a retriever's training script",
     "vision": "it is of a training script for pictures",
     "rl": "it is of train_rl.py, which makes rollouts; this script trains on recorded ones",
-    "sft": "its rows are conversations of --data-path; --dataloader-inter-document-masking packs samples into rows",
+    "sft": "its samples are conversations of --data-path; --dataloader-inter-document-masking packs samples",
     "data and dataloader": _DATA,
 }
 """Groups of arguments by title: all are refused but those of FOLLOWED."""
@@ -41,9 +41,9 @@ _NAMES: Mapping[str, str] = {
     "onnx_safe": _NO_BUILDER,
     "bert_binary_head": _NO_BUILDER,
     "use_flash_attn": f"{_NO_BUILDER}; --attention-backend flash",
-    "hybrid_layer_pattern": "a hybrid model does not hand routes on",
-    "hybrid_override_pattern": "a hybrid model does not hand routes on",
-    "is_hybrid_model": "a hybrid model does not hand routes on",
+    "hybrid_layer_pattern": "this loop builds a GPTModel",
+    "hybrid_override_pattern": "this loop builds a GPTModel",
+    "is_hybrid_model": "this loop builds a GPTModel",
     "heterogeneous_layers_config_path": f"{_NO_BUILDER} where layers have experts",
     "heterogeneous_layers_config_encoded_json": f"{_NO_BUILDER} where layers have experts",
     "moe_use_upcycling": "it wants a function that builds a dense model first",
@@ -104,7 +104,7 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
             if (size := getattr(args, name)) != 1:
                 raise R3Error(
                     f"--{name.replace('_', '-')} {size} != 1 with --dataloader-inter-document-masking: a micro-batch "
-                    "is one row of --seq-length tokens, and holds as many samples as fit"
+                    "is one sequence of --seq-length tokens, and holds as many samples as fit"
                 )
     if args.r3:
         for name, found, wanted, why in refused_options(vars(config)):

@@ -3,9 +3,9 @@
 Megatron's loop calls one function for a step's forward and backward passes. `prepared` wraps it: all micro-batches of
 the step are read, their routes checked and cut for each model chunk, and all ranks agree, before the first pass.
 
-Every rank reads its own samples, not only tensor rank 0 of the first and last pipeline stage, as in Megatron's own
-scripts: each rank needs the routes of its own layers and rows, files name their tokens and layers themselves, and so
-nothing is broadcast that could be mixed up.
+Every rank reads its own samples. In Megatron's own scripts only tensor rank 0 of the first and last pipeline stage
+does. Here each rank needs the routes of its own layers and rows, and the files name their tokens and layers, so no
+broadcast is needed that could mix them up.
 
 N: tokens of a micro-batch that have a loss.
 """

@@ -1,9 +1,9 @@
-"""Whether routed_experts reach the routers: before the first step by what the modules take, after it by what they used.
+"""Check that routed_experts reach the routers: before the first step by signatures, then by the experts they used.
 
-A module that takes any argument and drops it would let the routers select for themselves, without an error. So each
-method on the way must name the argument or hand on what it does not know to one that does, each router is tried with
-two rows, and the first pass that is handed routes compares what its routers used with them, once. A method that is
-replaced later is seen by the next `prepare`, and all is done again. Nothing is left in the model after that pass.
+A module that accepts any argument and drops it would let the routers select for themselves, without an error. So each
+method on the way must name the argument, or pass unknown arguments on to a method that names it. Each router is tried
+with two rows. The first pass that gets routes compares them once with what its routers used. If a method is replaced
+later, the next `prepare` notices and checks again. After that pass no hook is left in the model.
 """
 
 import inspect
@@ -34,7 +34,7 @@ Way = list[tuple[Any, tuple[str, ...]]]
 
 @dataclass
 class _Known:
-    """What is known of a model chunk. methods: those that were checked; watch: None after the pass that verified it."""
+    """What is known of a model chunk. methods: those checked; watch: None once a pass has verified the chunk."""
 
     methods: list[Any]
     watch: "_Watch | None"
@@ -47,14 +47,14 @@ _ROUTES: MutableMapping[torch.Tensor, RankRoutes] = WeakTensorKeyDictionary()
 
 
 def note_routes(routed_experts: torch.Tensor, routes: RankRoutes) -> None:
-    """Remember of which routes a tensor is, as long as there is that tensor, for the first pass that is handed it."""
+    """Remember which routes a tensor holds, while it lives, for the first pass that gets it."""
     _ROUTES[routed_experts] = routes
 
 
 def check_reach(chunk: torch.nn.Module, model: Any, routers: Mapping[int, Any]) -> None:
-    """Refuse a model chunk in which the argument does not reach all routers; a chunk is looked at once.
+    """Refuse a model chunk in which the argument does not reach all routers; each chunk is checked once.
 
-    model: the GPTModel of the chunk; routers: its MoE routers by global layer.
+    model: the GPTModel or hybrid model of the chunk; routers: its MoE routers by global layer.
 
     Raises:
         ReplayError: Names the layer and the method that does not take it or does not use it, or the passes that were
@@ -86,7 +86,7 @@ def check_reach(chunk: torch.nn.Module, model: Any, routers: Mapping[int, Any]) 
 
 @contextmanager
 def routed_live(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Say that passes inside are given no routes on purpose, though some were prepared for them."""
+    """Declare that passes inside get no routes on purpose, though some were prepared for them."""
     feeds = feeds_of(chunks)
     attached = [model for model, feed in FEEDS.items() if feed in feeds]
     watches = [known.watch for chunk in [*chunks, *attached] if (known := _KNOWN.get(chunk)) and known.watch]
@@ -101,7 +101,7 @@ def routed_live(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def forget(model: torch.nn.Module) -> None:
-    """Take away what watches a model's first pass, and look at the model anew when routes are next prepared for it."""
+    """Remove the hooks of a model's first pass, and check the model again when routes are next prepared for it."""
     known = _KNOWN.pop(model, None)
     if known is not None and known.watch is not None:
         known.watch.close()
@@ -122,7 +122,7 @@ def _way(chunk: torch.nn.Module, model: Any) -> Way:
     overlapped = getattr(model.config, "overlap_moe_expert_parallel_comm", False)
     way += [(model, ("forward", "build_schedule_plan") if overlapped else ("forward",)), (model.decoder, ("forward",))]
     for layer in model.decoder.layers:
-        if layer.is_moe_layer:
+        if getattr(layer, "is_moe_layer", False):
             # Read as they are kept, which takes a fifth of the time: this is done for each micro-batch.
             mlp = layer._modules["mlp"]
             way += [(layer, _LAYER), (mlp, _MLP), (mlp._modules["router"], _ROUTER)]
@@ -146,7 +146,7 @@ def _selects(routers: Mapping[int, Any]) -> list[Any]:
 
 
 def _check_takes(owner: Any, name: str) -> None:
-    """Refuse a method that cannot be handed the argument, or that takes anything and hands it on to nobody."""
+    """Refuse a method that does not take the argument, or that takes any argument and does not pass it on."""
     layer = getattr(owner, "layer_number", None)
     place = f"{'' if layer is None else f'layer {layer - 1}: '}{type(owner).__name__}.{name}"
     method = getattr(owner, name, None)
@@ -253,9 +253,9 @@ def _rows_used(given: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
 
 
 class _Watch:
-    """Hooks on a chunk until a pass that was handed routes has shown that its routers used them.
+    """Hooks on a chunk until a pass that got routes has shown that its routers used them.
 
-    live: how many `routed_live` contexts are open. unfed: training passes that were handed none outside of them.
+    live: number of open `routed_live` contexts. unfed: number of training passes outside of them that got no routes.
     """
 
     def __init__(self, chunk: torch.nn.Module, model: torch.nn.Module, routers: Mapping[int, Any]) -> None:

@@ -3,9 +3,9 @@
 T: tokens of this rank; M: MoE layers of the chunk; K: experts a token; E: experts of a layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,14 @@ from r3_adapter.arena import Arena
 from r3_adapter.errors import R3Error, ReplayError, TraceError, check_choice
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.agreement import NOT_ASKED, Terms, agreed, agreed_step, own_rank
+from r3_adapter.megatron.backends import Backend, Channel
 from r3_adapter.megatron.checks import check_layout, check_model
 from r3_adapter.megatron.dispatch import COUNTS, UNPLANNED, Plan, check_astray, plan_step, why_not_planned
-from r3_adapter.megatron.feeding import FEEDS, Channel
+from r3_adapter.megatron.feeding import FEEDS
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
+from r3_adapter.megatron.layers import moe_layers, moe_routers, unwrapped
+from r3_adapter.megatron.placed import placement_of
 from r3_adapter.megatron.reach import check_reach, note_routes
-from r3_adapter.megatron.request import Backend
 from r3_adapter.repack import LIVE, LastRow, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
@@ -32,8 +34,8 @@ Staleness = Literal["refuse", "live", "keep"]
 class ReplayBatch:
     """What one rank's model chunk replays in one micro-batch.
 
-    routed_experts: [M, T, K], on the chunk's device; int16 with -1 in a row that is routed live, or uint16, which tells
-        the routers that no row is and that they need no top-k. GPTModel.forward takes it as the argument of that name.
+    routed_experts: [M, T, K] int16 or uint16, on the chunk's device; int16 has -1 in a row that is routed live, uint16
+        tells the routers that no row is and that they need no top-k. GPTModel.forward takes it under this name.
     routes: the same on the host, with the kind and the weight version of each row.
     num_stale: rows of `routes` that other weights computed, replayed or live as the policy says.
     plan: the tokens that each rank sends to each expert; GPTModel.forward takes its counts as `routed_expert_counts`,
@@ -54,14 +56,22 @@ class ReplayBatch:
 
     @property
     def model_arguments(self) -> dict[str, torch.Tensor]:
-        """Return the arguments of GPTModel.forward that replay adds."""
+        """Return the arguments of GPTModel.forward that replay adds.
+
+        routed_experts, and with a plan routed_expert_counts: [M, T, K] and [M, G, E], as they are here.
+        """
         arguments = {"routed_experts": self.routed_experts}
         return arguments if self.plan.counts is None else {**arguments, COUNTS: self.plan.counts}
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """One micro-batch for `prepare_step`: the arguments of `prepare` that differ between micro-batches."""
+    """One micro-batch for `prepare_step`: the arguments of `prepare` that differ between micro-batches.
+
+    traces: one for each sample.
+    tokens: [b, s] int64, or [1, t] if packed; as `prepare` takes them.
+    packing: how the samples lie in the micro-batch; None for a padded batch.
+    """
 
     traces: Sequence[RoutingTrace]
     tokens: torch.Tensor
@@ -167,9 +177,9 @@ def with_plans(
 
 
 def check_dispatch(chunks: Sequence[torch.nn.Module]) -> None:
-    """Refuse to go on if a rank's tokens were sent by a plan that was not theirs; every rank must call it.
+    """Raise if a dispatch plan did not fit the tokens that a rank sent; every rank must call it.
 
-    Call it after a pass, before the optimizer's step: it waits for the device. `prepare_step` makes up for it if not.
+    Call it after a pass, before the optimizer's step: it waits for the device. Otherwise `prepare_step` does it.
 
     Raises:
         ReplayError: On every rank; names the ranks and layers.
@@ -178,7 +188,7 @@ def check_dispatch(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def check_chunks(chunks: object, name: str = "chunks", kind: str = "model chunks") -> None:
-    """Refuse what is no sequence of model chunks, or of another kind of things, or is empty."""
+    """Refuse what is not a sequence, an empty one, or one with an item of another type."""
     if not isinstance(chunks, Sequence | torch.nn.ModuleList) or not len(chunks):
         says = "none" if isinstance(chunks, Sequence) else f"a {type(chunks).__name__}, not a sequence"
         raise ReplayError(f"{name}: {says} of {kind}")
@@ -205,41 +215,6 @@ def current_layout() -> ParallelLayout:
         etp=ps.get_expert_tensor_parallel_world_size(),
         dp=ps.get_data_parallel_world_size(),
     )
-
-
-def unwrapped(chunk: torch.nn.Module) -> Any:
-    """Return the GPTModel of a chunk, wrapped or not; also the one in a model of another kind, if it is alone there."""
-    model: Any = chunk
-    while hasattr(model, "module"):
-        model = model.module
-    if not hasattr(model, "decoder") and isinstance(model, torch.nn.Module):
-        from megatron.core.models.gpt import GPTModel
-
-        inside = [module for module in model.modules() if isinstance(module, GPTModel)]
-        return inside[0] if len(inside) == 1 else model
-    return model
-
-
-def moe_routers(chunk: torch.nn.Module) -> Iterator[tuple[int, torch.nn.Module]]:
-    """Yield the global decoder layer and the router of each of `moe_layers`."""
-    return ((layer_id, layer.router) for layer_id, layer in moe_layers(chunk))
-
-
-def moe_layers(chunk: torch.nn.Module) -> Iterator[tuple[int, Any]]:
-    """Yield the global decoder layer (from 0) and the MoELayer of each MoE layer of a GPTModel, wrapped or not.
-
-    Layers of multi-token prediction are not among them: routers there see no route.
-
-    Raises:
-        ReplayError: It is no GPTModel.
-    """
-    model = unwrapped(chunk)
-    layers = getattr(getattr(model, "decoder", None), "layers", None)
-    if layers is None:
-        raise ReplayError(f"a {type(model).__name__} has no decoder layers: give prepare a GPTModel, wrapped or not")
-    for layer in layers:
-        if layer.is_moe_layer:
-            yield layer.layer_number - 1, layer.mlp
 
 
 def prepare(
@@ -290,7 +265,8 @@ def prepare(
     check_layout(layout)
     routers = dict(moe_routers(chunk))
     model = unwrapped(chunk)
-    check_model(model, routers, traces, channel)
+    placement = placement_of(model)
+    names = check_model(model, routers, traces, channel)
     if (feed := FEEDS.get(model)) is not None:
         feed.check(routers)
     check_reach(chunk, model, routers)
@@ -307,11 +283,12 @@ def prepare(
             packing,
             layout,
             rank,
-            layer_ids=np.fromiter(routers, np.int32),
+            layer_ids=np.fromiter((names[layer] for layer in routers), np.int32),
             input_ids=input_ids if packing.qkv_format == "sbhd" else input_ids.reshape(-1),
             dtype=np.dtype(np.int16),
             arena=arena,
             last_row=last_row,
+            slot_of=None if placement is None else placement.slots([names[layer] for layer in routers]),
         )
     except R3Error as error:
         says = str(error).removeprefix(f"rank {rank}: ")

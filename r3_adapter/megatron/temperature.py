@@ -10,7 +10,7 @@ import torch
 
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.batches import MicroBatch
-from r3_adapter.megatron.replay import unwrapped
+from r3_adapter.megatron.layers import unwrapped
 
 
 @contextmanager

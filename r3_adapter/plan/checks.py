@@ -8,7 +8,7 @@ import numpy as np
 
 from r3_adapter.errors import R3Error
 from r3_adapter.megatron.checks import check_layout
-from r3_adapter.megatron.options import SELECTS, refused_options
+from r3_adapter.megatron.config_fields import SELECTS, refused_options
 from r3_adapter.plan.request import PlanRequest, length_multiple
 from r3_adapter.repack import local_dtype
 from r3_adapter.sglang.server_arguments import refused_arguments

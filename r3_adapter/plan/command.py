@@ -3,18 +3,20 @@
 import argparse
 import importlib.util
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from r3_adapter.arguments import layout_of
 from r3_adapter.errors import R3Error
 from r3_adapter.plan.checks import Check
+from r3_adapter.plan.loads import loads_of
 from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.plan import Plan, make_plan
+from r3_adapter.plan.preflight import check_megatron_arguments
 from r3_adapter.plan.request import PlanRequest
 from r3_adapter.rl.checks import check_flags
-from r3_adapter.rl.preflight import check_megatron_arguments
 from r3_adapter.rl.tasks import task_named
+from r3_adapter.rollout import sample_folders
 from r3_adapter.sglang.sampling import checked_params
 
 _WEIGHTS = "*.safetensors"
@@ -42,7 +44,17 @@ def plan_of(args: argparse.Namespace) -> Plan:
     if args.hf_checkpoint is not None:
         says = f"{args.hf_checkpoint} has the model of {args.model_config}"
         checks.append(_passes("checkpoint", lambda: check_checkpoint(args, model), says))
-    return make_plan(request, checks)
+    plan = make_plan(request, checks)
+    if plan.figures is None or not (args.traces or args.skew):
+        return plan
+    loads = loads_of(
+        request,
+        traces=sample_folders(args.traces or []),
+        skew=args.skew,
+        expert_share=args.expert_share,
+        recompute=args.recompute_granularity is not None,
+    )
+    return replace(plan, loads=loads)
 
 
 def check_sampling(args: argparse.Namespace) -> None:

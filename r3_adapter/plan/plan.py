@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from r3_adapter.plan.checks import Check, run_checks
+from r3_adapter.plan.loads import Loads
 from r3_adapter.plan.model import windows
 from r3_adapter.plan.request import PlanRequest
 from r3_adapter.plan.sizes import (
@@ -45,12 +46,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class Plan:
-    """figures: None where a check before them said no."""
+    """figures: None where a check before them said no. loads: None where nobody asked for them, or without figures."""
 
     request: PlanRequest
     checks: list[Check]
     notes: list[str]
     figures: Figures | None
+    loads: Loads | None = None
 
     @property
     def passed(self) -> bool:
@@ -87,6 +89,7 @@ class Plan:
             "capture_patched": found.patched._asdict(),
             "engine": {**found.engine._asdict(), "pool": found.engine.pool},
             "weight_update": found.weights,
+            **({} if self.loads is None else {"loads": self.loads.to_json()}),
         }
 
 
@@ -140,7 +143,7 @@ def _at_most(name: str, size: int, limit: int, what: str, of: str) -> Check:
 def _starts(request: PlanRequest) -> Iterator[Check]:
     """Say whether the trainer can be started with the model; its figures are computed all the same.
 
-    Source: megatron/weights.py, megatron/policy.py
+    Source: megatron/policy_trainer/weights.py, megatron/policy_trainer/trainer.py
     """
     model = request.model
     if model.family == "qwen3_moe":
@@ -156,9 +159,8 @@ def _starts(request: PlanRequest) -> Iterator[Check]:
         )
         if there
     ]
-    says = (
-        f"model_type {model.family!r} != 'qwen3_moe', the one in its table of weights (megatron/weights.py); missing: "
-    )
+    table = "megatron/policy_trainer/weights.py"
+    says = f"model_type {model.family!r} != 'qwen3_moe', the one in its table of weights ({table}); missing: "
     yield Check(STARTS, False, says + ", ".join(missing))
 
 

@@ -42,7 +42,7 @@ _ENGINE_COUNTS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of a rollout step, lengths in tokens: mean ones make the traffic, the longest need the room."""
+    """The samples of a rollout step, lengths in tokens: traffic follows from mean lengths, memory from the longest."""
 
     num_prompts: int
     samples_per_prompt: int

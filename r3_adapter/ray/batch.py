@@ -7,7 +7,7 @@ import numpy as np
 
 from r3_adapter.errors import check_choice
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import Figures
+from r3_adapter.megatron.policy_trainer.trainer import StepMetrics
 from r3_adapter.metrics import merge_gaps
 from r3_adapter.ray.rollout import Rollout
 from r3_adapter.ray.trainer import ItemRef
@@ -64,7 +64,7 @@ def share_out(items: Sequence[ItemRef], layout: ParallelLayout, *, micro_batch_s
     return [bins[rank :: layout.dp] for rank in range(layout.dp)]
 
 
-def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: Sequence[Figures]) -> dict[str, Any]:
+def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: Sequence[StepMetrics]) -> dict[str, Any]:
     """Return the metrics of a step: sums over ranks where they count, the slowest rank where they take time."""
     rewards = np.array([reward for rollout in rollouts for reward in rollout.rewards])
     gap = merge_gaps([each.gap for each in figures if each.gap is not None])
@@ -85,6 +85,7 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
         "loss": sum(each.loss for each in figures) / trained,
         "clip_fraction": sum(each.num_clipped for each in figures) / trained,
         "grad_norm": float(np.mean(figures[0].grad_norms)),
+        "lr": figures[0].lr,
         # Of tokens that the policy sampled, an unbiased estimate of its entropy at the rollout's temperature.
         "entropy": sum(each.nll for each in figures) / gap.tokens,
         **({"kl_ref": sum(scored) / gap.tokens} if scored else {}),

@@ -1,14 +1,20 @@
 """What Ray says of a fault, in one line that people can read."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import ray
 
 from r3_adapter.errors import R3Error
+from r3_adapter.ray.store import SampleRef
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _DEAD = "The actor is dead because "
+_GUESSES = " Some common causes"
+_SILENT = re.compile(
+    r"Worker exit type: \w+ Worker exit detail: \w+ unexpectedly exits with a connection error code .*"
+)
+"""Ray's words for a process whose connection has ended, of which it knows nothing."""
 _MAX_CHARACTERS = 300
 
 
@@ -29,7 +35,24 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in _ANSI.sub("", str(cause)).splitlines() if line.strip()]
     if isinstance(cause, ray.exceptions.RayError):
         lines = [_of_ray(lines)]
-    return f"{type(cause).__name__}: {' '.join(lines)}".removesuffix(": ")[:_MAX_CHARACTERS]
+    # What an engine is lost by says it in a sentence of its own.
+    kind = "" if isinstance(cause, EngineLost) else f"{type(cause).__name__}: "
+    # Others go on with the sentence.
+    return f"{kind}{' '.join(lines)}".removesuffix(": ").rstrip(".")[:_MAX_CHARACTERS]
+
+
+def told_by_prompt(problems: Iterable[tuple[SampleRef, str]]) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the text of one event for each prompt, of samples and what is wrong with each.
+
+    All samples of a prompt may lie in one object: the first one is named with its fault, the others are counted.
+    """
+    found: dict[tuple[int, str], list[str]] = {}
+    for ref, why in problems:
+        kind = "trace_lost" if "lost: " in why else "trace_damaged"
+        found.setdefault((ref.group, kind), []).append(f"{ref.name}: {why}")
+    for (_, kind), (first, *others) in found.items():
+        samples = f"{len(others)} more sample{'s' if len(others) > 1 else ''} of it"
+        yield kind, f"{first}{f', and {samples}' if others else ''}"
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -50,6 +73,8 @@ def _of_ray(lines: list[str]) -> str:
     for line in lines:
         if line.startswith(_DEAD):
             # What follows guesses at causes.
-            return line.removeprefix(_DEAD).partition(" Some common causes")[0]
+            return _SILENT.sub("It was killed, crashed or was out of memory.", line.removeprefix(_DEAD)).partition(
+                _GUESSES
+            )[0]
     traceback = any(line.startswith('File "') for line in lines)
     return (lines[-1] if traceback else lines[0]) if lines else ""

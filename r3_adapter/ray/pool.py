@@ -38,6 +38,7 @@ class RolloutPool:
 
     settings: of each engine; its checkpoint and weight version are the first weights.
     stages: the global MoE layers of each pipeline stage of the trainer.
+    counted: let references to samples say how many tokens each expert has.
     timeout: seconds for an engine to start, or to load weights.
     idle_timeout: seconds in which an engine that is asked for groups gets none done, after which it counts as hanging.
 
@@ -57,10 +58,11 @@ class RolloutPool:
         idle_timeout: float,
         on_event: OnEvent,
         num_gpus: float = 0,
+        counted: bool = False,
     ) -> None:
         self._settings, self._task, self._params, self._stages = settings, task, dict(sampling_params), stages
         self._timeout, self._idle_timeout = timeout, idle_timeout
-        self._on_event, self._num_gpus = on_event, num_gpus
+        self._on_event, self._num_gpus, self._counted = on_event, num_gpus, counted
         self._lives = [0] * num_engines
         self._since = [0.0] * num_engines
         self._asked: dict[ray.ObjectRef[Any], _Asked] = {}
@@ -136,8 +138,10 @@ class RolloutPool:
         if not why:
             self._done[asked.batch][asked.group.number] = rollout
         else:
-            self._on_event("rollout_lost", f"engine {asked.engine}, prompt {asked.group.number}: {why}")
-            self._ask(self._failed(asked, why))
+            again = self._failed(asked, why)
+            at = f"engine {asked.engine}, prompt {asked.group.number}"
+            self._on_event("rollout_lost", f"{at}: {why}; it is asked again")
+            self._ask(again)
         self._go_on(asked.engine)
 
     def _failed(self, asked: _Asked, why: str) -> _Asked:
@@ -158,9 +162,10 @@ class RolloutPool:
         elif blame:
             again = [lost[: len(lost) // 2], lost[len(lost) // 2 :]]
         again = [part for part in again if part]
-        parts = f" in {len(again)} parts" if len(again) > 1 else ""
-        said = f"; {len(lost)} prompts are asked again{parts}" if lost else ""
-        self._on_event("engine_restarted", f"engine {number}: {why}{said}")
+        parts = ", one half after the other" if len(again) > 1 else ""
+        said = f"; prompts asked again: {len(lost)}{parts}" if lost else ""
+        version = self._settings.weight_version
+        self._on_event("engine_restarted", f"engine {number}: {why}; it starts again with weights {version}{said}")
         ray.kill(self.engines[number])
         self.engines[number] = self._new_engine()
         self._wait_for(number)
@@ -192,13 +197,15 @@ class RolloutPool:
     def _wait_for(self, number: int) -> None:
         try:
             ray.get(self.engines[number].ready.remote(), timeout=self._timeout)
+        except ray.exceptions.GetTimeoutError as error:
+            raise R3Error(f"engine {number} has not started in {self._timeout:g} s") from error
         except ray.exceptions.RayError as error:
-            raise R3Error(f"engine {number} does not start within {self._timeout:g} s: {reason(error)}") from error
+            raise R3Error(f"engine {number} does not start: {reason(error)}") from error
 
     def _new_engine(self) -> Any:
         options = {"num_cpus": 1, "num_gpus": self._num_gpus, "runtime_env": {"env_vars": cpu_environment()}}
         actor = RolloutActor.options(**options)  # type: ignore[attr-defined]
-        return actor.remote(self._settings.to_json(), self._task, self._params, self._stages)
+        return actor.remote(self._settings.to_json(), self._task, self._params, self._stages, self._counted)
 
 
 def _is_engines(error: Exception) -> bool:

@@ -14,8 +14,9 @@ import ray
 from r3_adapter.errors import R3Error
 from r3_adapter.ray.faults import EngineLost
 from r3_adapter.ray.store import OBJECT_BYTES, Placed, SampleRef, put_samples
-from r3_adapter.rl.tasks import Task, task_named
+from r3_adapter.rl.tasks import Task, task_named, text_of
 from r3_adapter.rollout import Sample, save_samples
+from r3_adapter.runs.samples import GROUPS, SAMPLES, shown_sample
 from r3_adapter.sglang.conversation import Conversation
 from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.sampling import scored_temperature
@@ -33,30 +34,35 @@ class Group:
     """A prompt to roll out `num_samples` times; number: its place in the batch.
 
     record: a folder in which to keep the samples, as save_samples writes them.
+    greedy: take the likeliest tokens, as for an evaluation, whose samples nobody trains on: only rewards come back.
     """
 
     number: int
     prompt: Sequence[int]
     num_samples: int
     record: Path | None = None
+    greedy: bool = False
 
 
 @dataclass
 class Rollout:
     """What became of a group.
 
-    rewards: of each conversation.
+    rewards: of each conversation; response_tokens: sampled ones of all together.
     lost: what an engine said that could not be used; the group is to be rolled out again then.
     seconds: "capture", reading routes and binding them to tokens; "transport", cutting and storing them.
     resident_bytes: of the engine's processes.
+    shown: texts of a few samples of the first groups.
     """
 
     number: int
     samples: list[SampleRef] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    response_tokens: int = 0
     lost: str = ""
     seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "transport": 0.0})
     resident_bytes: int = 0
+    shown: list[dict[str, Any]] = field(default_factory=list)
 
 
 @ray.remote
@@ -64,20 +70,26 @@ class RolloutActor:
     """SGLang in an actor's process, which looks after the engine's own processes.
 
     stages: the global MoE layers of each pipeline stage of the trainer.
+    counted: count the tokens of each expert.
 
     Raises:
         EngineLost: from every method, soon after one of the engine's processes has ended.
     """
 
     def __init__(
-        self, settings: str, task: str, sampling_params: Mapping[str, Any], stages: Sequence[Sequence[int]]
+        self,
+        settings: str,
+        task: str,
+        sampling_params: Mapping[str, Any],
+        stages: Sequence[Sequence[int]],
+        counted: bool = False,
     ) -> None:
         self._engine = Engine(EngineSettings.from_json(settings)).__enter__()
         found = psutil.Process().children(recursive=True)
         self._processes = {each: name for each in found if (name := each.name()).startswith("sglang::")}
         self._watcher: asyncio.Task[None] | None = None
         self._task: Task = task_named(task)
-        self._params, self._stages = sampling_params, stages
+        self._params, self._stages, self._counted = sampling_params, stages, counted
         self._under_way = 0
         self._waiting: list[tuple[Sequence[Placed], asyncio.Future[list[SampleRef]]]] = []
 
@@ -127,6 +139,11 @@ class RolloutActor:
         finally:
             self._under_way -= 1
         result.rewards = [reward for _, reward in talks]
+        result.response_tokens = sum(int(each.sampled.sum()) for samples, _ in talks for each in samples)
+        if group.greedy:
+            return result
+        if group.number < GROUPS:
+            result.shown = [self._shown(group.prompt, samples[-1], reward) for samples, reward in talks[:SAMPLES]]
         placed = [
             Placed(sample, group.number, index, part)
             for index, (samples, _) in enumerate(talks)
@@ -141,6 +158,11 @@ class RolloutActor:
             own = psutil.Process()
             result.resident_bytes = sum(each.memory_info().rss for each in (own, *own.children(recursive=True)))
         return result
+
+    def _shown(self, prompt: Sequence[int], sample: Sample, reward: float) -> dict[str, Any]:
+        """Return the texts of a conversation. sample: its last one, whose tokens are all that was said."""
+        said = sample.trace.token_ids[len(prompt) :].tolist()
+        return shown_sample(text_of(self._task, prompt), text_of(self._task, said), reward)
 
     async def _store(self, placed: Sequence[Placed], result: Rollout) -> list[SampleRef]:
         """Put a group's samples into the object store; small ones share an object with groups that end soon after."""
@@ -158,7 +180,8 @@ class RolloutActor:
     def _store_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         try:
-            refs = iter(put_samples([each for group, _ in waiting for each in group], self._stages))
+            everything = [each for group, _ in waiting for each in group]
+            refs = iter(put_samples(everything, self._stages, counted=self._counted))
             for group, its_refs in waiting:
                 its_refs.set_result([next(refs) for _ in group])
         except Exception as error:
@@ -168,18 +191,19 @@ class RolloutActor:
     async def _converse(self, group: Group, index: int, result: Rollout) -> tuple[list[Sample], float]:
         task, prompt = self._task, group.prompt
         place = f"prompt {group.number}, sample {index}"
-        talk = Conversation(prompt, self._engine.facts, place=place, temperature=scored_temperature(self._params))
+        params = {**self._params, "temperature": 0.0} if group.greedy else self._params
+        talk = Conversation(prompt, self._engine.facts, place=place, temperature=scored_temperature(params))
         name = f"{group.number}.{index}" if task.max_turns > 1 else ""
         for turn in range(task.max_turns):
             before, version = len(talk.tokens), self._engine.weight_version
             try:
-                self._take(talk, await self._ask(talk, name), result)
+                self._take(talk, await self._ask(talk, params, name), result)
             except R3Error:
                 if not talk.start:
                     raise
                 # The cache has lost the turns before, or the weights have changed: compute them again with this one.
                 talk.start = 0
-                self._take(talk, await self._ask(talk, name), result)
+                self._take(talk, await self._ask(talk, params, name), result)
             said = talk.tokens[before:]
             answer = task.reply(prompt, said, turn)
             if answer is None or turn + 1 == task.max_turns:
@@ -189,8 +213,8 @@ class RolloutActor:
                 talk.start = 0
         return talk.samples(), task.reward(prompt, said)
 
-    async def _ask(self, talk: Conversation, name: str) -> Any:
-        return await self._engine.reply(talk.tokens, self._params, start=talk.start, conversation=name)
+    async def _ask(self, talk: Conversation, params: Mapping[str, Any], name: str) -> Any:
+        return await self._engine.reply(talk.tokens, params, start=talk.start, conversation=name)
 
     @staticmethod
     def _take(talk: Conversation, reply: Any, result: Rollout) -> None:

@@ -5,13 +5,15 @@ share of it there, and copies nothing else.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
+from r3_adapter.balance.loads import count_trace
 from r3_adapter.errors import R3Error, TraceError
 from r3_adapter.frozen import freeze
 from r3_adapter.rollout import Sample
@@ -31,6 +33,7 @@ class SampleRef:
     digests: of the sample's rows in each.
     num_bytes: of its routes, of all stages.
     temperature: as in Sample.
+    counts: [M, E] int32, tokens at each expert; None unless they were asked for.
     """
 
     group: int
@@ -44,6 +47,7 @@ class SampleRef:
     digests: tuple[str, ...]
     num_bytes: int
     temperature: float = 1.0
+    counts: npt.NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -60,9 +64,12 @@ class Placed:
     part: int
 
 
-def put_samples(placed: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
-    """Put samples into the object store; stages: the global MoE layers of each pipeline stage."""
-    return [ref for batch in _batches(placed) for ref in _put(batch, stages)]
+def put_samples(placed: Sequence[Placed], stages: Sequence[Sequence[int]], *, counted: bool = False) -> list[SampleRef]:
+    """Put samples into the object store.
+
+    stages: the global MoE layers of each pipeline stage. counted: let references say how many tokens each expert has.
+    """
+    return [ref for batch in _batches(placed) for ref in _put(batch, stages, counted)]
 
 
 def _batches(placed: Sequence[Placed]) -> list[list[Placed]]:
@@ -79,7 +86,7 @@ def _batches(placed: Sequence[Placed]) -> list[list[Placed]]:
     return batches
 
 
-def _put(batch: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[SampleRef]:
+def _put(batch: Sequence[Placed], stages: Sequence[Sequence[int]], counted: bool) -> list[SampleRef]:
     samples = [each.sample for each in batch]
     together = concatenate([sample.trace for sample in samples])
     # A stage without MoE layers needs the tokens all the same.
@@ -107,6 +114,7 @@ def _put(batch: Sequence[Placed], stages: Sequence[Sequence[int]]) -> list[Sampl
             digests=tuple(trace.rows(start, stop).digest() for trace in traces),
             num_bytes=(stop - start) * row_bytes,
             temperature=each.sample.temperature,
+            counts=count_trace(each.sample.trace) if counted else None,
         )
         for each, (start, stop) in zip(batch, pairwise(starts), strict=True)
     ]

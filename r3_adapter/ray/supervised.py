@@ -1,14 +1,17 @@
 """Supervised training on a task's right answers, so that a run has a reward to begin with."""
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import PolicyOptions
+from r3_adapter.megatron.policy_trainer.trainer import PolicyOptions
 from r3_adapter.ray.trainer import Spoken, TrainerGroup
 from r3_adapter.rl.tasks import Task
+
+_MEAN = 10
 
 
 def supervise(
@@ -21,14 +24,17 @@ def supervise(
     num_steps: int,
     batch_size: int,
     seed: int,
+    enough: float | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
     """Train with live routers, and write a checkpoint; return the last loss.
 
     batch_size: conversations of a step, in one micro-batch for each data-parallel rank and pipeline stage.
+    enough: end where the mean loss of the last _MEAN steps is below it; None to make all steps.
     """
     trainers = TrainerGroup(layout, checkpoint, options)
     rng, loss = np.random.default_rng(seed), float("nan")
+    losses: deque[float] = deque(maxlen=_MEAN)
     micro_batches = layout.pp
     try:
         for step in range(num_steps):
@@ -36,6 +42,9 @@ def supervise(
             shares = [spoken[i :: layout.dp * micro_batches] for i in range(layout.dp * micro_batches)]
             loss, _ = trainers.fit([shares[rank :: layout.dp] for rank in range(layout.dp)])
             progress(step, loss)
+            losses.append(loss)
+            if enough is not None and len(losses) == _MEAN and sum(losses) / _MEAN < enough:
+                break
         trainers.export(out)
     finally:
         trainers.close()

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import Figures, Item, PolicyOptions, PolicyTrainer
+from r3_adapter.megatron.policy_trainer.trainer import Item, PolicyOptions, PolicyTrainer, StepMetrics
 from r3_adapter.ray.faults import RankLost, cause_of, reason
 from r3_adapter.ray.store import SampleRef, get_samples
 from r3_adapter.rollout import unrouted
 from r3_adapter.runs.checkpoints import Seal, seal
+from r3_adapter.runs.disk import writing
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ItemRef:
 
 @dataclass(frozen=True)
 class Spoken:
-    """A conversation without routes, for supervised training; sampled: which tokens are to be learnt."""
+    """A conversation without routes, for supervised training; sampled: which tokens the loss is taken over."""
 
     tokens: Sequence[int]
     sampled: Sequence[bool]
@@ -95,9 +97,11 @@ class TrainerActor:
         self._seconds = time.perf_counter() - start
         return problems, sum(sample.trace.topk_ids.nbytes for sample in samples)
 
-    def step(self, *, count_agreement: bool) -> Figures:
+    def step(self, *, count_agreement: bool) -> StepMetrics:
         """Train on what was loaded last."""
         figures = self._trainer.step(self._batches, count_agreement=count_agreement)
+        device = self._trainer.device
+        figures.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         figures.seconds["transport"] = self._seconds
         self._batches = []
         return figures
@@ -110,11 +114,13 @@ class TrainerActor:
 
     def export(self, folder: str) -> int:
         """Write this rank's share of the weights; return its bytes."""
-        return sum(path.stat().st_size for path in self._trainer.export(Path(folder)))
+        with writing(Path(folder)):
+            return sum(path.stat().st_size for path in self._trainer.export(Path(folder)))
 
     def save(self, folder: str) -> dict[str, Seal]:
         """Write this rank's share of a checkpoint, and have it on the disk; return what the manifest says of it."""
-        return {path.name: seal(path) for path in self._trainer.save(Path(folder))}
+        with writing(Path(folder)):
+            return {path.name: seal(path) for path in self._trainer.save(Path(folder))}
 
 
 class TrainerGroup:
@@ -185,9 +191,9 @@ class TrainerGroup:
             total += num_bytes
         return problems, total
 
-    def step(self, *, count_agreement: bool) -> list[Figures]:
+    def step(self, *, count_agreement: bool) -> list[StepMetrics]:
         """Train on what was loaded; return the figures of every rank."""
-        found: list[Figures] = self._ask("step", count_agreement=count_agreement)
+        found: list[StepMetrics] = self._ask("step", count_agreement=count_agreement)
         return found
 
     def fit(self, plan: Sequence[Sequence[Sequence[Spoken]]]) -> tuple[float, float]:

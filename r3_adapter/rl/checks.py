@@ -2,10 +2,14 @@
 
 import argparse
 import math
+from typing import Literal
 
 from r3_adapter.arguments import layout_of
-from r3_adapter.errors import LayoutError, R3Error
+from r3_adapter.errors import LayoutError, R3Error, check_choice, check_whole
 from r3_adapter.layout import ParallelLayout
+
+Balance = Literal["off", "shuffle", "pack", "place"]
+"""Samples by their lengths alone; in an order of chance; by the loads of their routes; and with experts placed."""
 
 _COUNTS = (
     "rollout_num_engines",
@@ -20,7 +24,7 @@ _COUNTS = (
     "num_rollout",
     "save_interval",
 )
-_NUMBERS = ("lr", "clip_grad", "tis_clip", "eps_clip", "eps_clip_high", "kl_loss_coef", "gpus_per_rank")
+_NUMBERS = ("lr", "min_lr", "clip_grad", "tis_clip", "eps_clip", "eps_clip_high", "kl_loss_coef", "gpus_per_rank")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -42,7 +46,13 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--rollout-temperature ({args.rollout_temperature}): the samples of a prompt are all the same, so every "
             "advantage is 0 and nothing is learned"
         )
+    _check_data(args)
     check_lag(args.rollout_lag, "r3" if args.r3 else "", args.r3_staleness)
+    if hasattr(args, "r3_balance"):
+        check_balance(
+            args.r3_balance, layout_of(args), replay="r3" if args.r3 else "", placed=args.r3_placement is not None
+        )
+        check_max_received(args.r3_max_received, args.r3_balance, layout_of(args))
     for name in ("tp_size", "pp_size"):
         size = getattr(args, f"rollout_{name}")
         if (given := args.sglang_args.get(name, size)) != size:
@@ -53,6 +63,16 @@ def check_flags(args: argparse.Namespace) -> None:
         micro_batch_size=args.micro_batch_size,
         num_steps=args.num_steps_per_rollout,
     )
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    data = getattr(args, "prompt_data", None)
+    for name in ("hf_checkpoint", "custom_rm_path"):
+        if data and not getattr(args, name):
+            raise R3Error(f"--prompt-data ({data}) without {_flag(name)}")
+    for name in ("custom_rm_path", "label_key", "apply_chat_template"):
+        if not data and getattr(args, name, None):
+            raise R3Error(f"{_flag(name)} ({getattr(args, name)}) without --prompt-data")
 
 
 def check_lag(lag: int, replay: str, staleness: str) -> None:
@@ -66,6 +86,58 @@ def check_lag(lag: int, replay: str, staleness: str) -> None:
             f"rollout lag ({lag}) > 0: such rollouts have rows of other weights, which staleness 'refuse' refuses; "
             "choose 'keep' or 'live' (--r3-staleness)"
         )
+
+
+def check_balance(balance: str, layout: ParallelLayout, *, replay: str, placed: bool) -> None:
+    """Refuse a balance that cannot hold. replay: as in PolicyOptions; placed: whether there is a placement.
+
+    Raises:
+        R3Error: names both operands.
+    """
+    check_choice("balance", balance, Balance)
+    if placed != (balance == "place"):
+        says = "is for --r3-balance place" if placed else "is missing"
+        raise R3Error(f"--r3-balance {balance}: --r3-placement {says}; r3 balance TRACES --placement FILE makes one")
+    if balance in ("off", "shuffle"):
+        return
+    if replay != "r3":
+        raise R3Error(f"--r3-balance {balance} without --r3: loads are known where the rollout's routes are replayed")
+    if layout.ep == 1:
+        raise R3Error(f"--r3-balance {balance} with expert-model-parallel-size 1: one rank has all experts")
+    parts_of_group(layout)
+
+
+def check_max_received(limit: int | None, balance: str, layout: ParallelLayout) -> None:
+    """Refuse a limit of received tokens where they are not known before the step.
+
+    Raises:
+        R3Error: names both operands.
+    """
+    if limit is None:
+        return
+    check_whole("max_received", limit, 1)
+    if balance not in ("pack", "place"):
+        raise R3Error(f"--r3-max-received {limit} with --r3-balance {balance}: loads are counted for pack and place")
+    if layout.expert_size % (layout.tp * layout.cp):
+        raise R3Error(
+            f"--r3-max-received {limit}: expert groups of etp * ep ({layout.expert_size}) ranks have a part of each "
+            f"micro-batch of tp * cp ({layout.tp * layout.cp}) ranks only"
+        )
+
+
+def parts_of_group(layout: ParallelLayout) -> int:
+    """Return the number of data-parallel ranks whose micro-batches go through one copy of the experts.
+
+    Raises:
+        LayoutError: expert groups and data-parallel ranks that lie across each other.
+    """
+    dense, expert = layout.tp * layout.cp, layout.expert_size
+    if expert % dense and dense % expert:
+        raise LayoutError(
+            f"expert groups of etp * ep ({expert}) ranks lie across data-parallel ranks of tp * cp ({dense}): "
+            "their micro-batches cannot be composed by groups"
+        )
+    return max(1, expert // dense)
 
 
 def num_micro_batches(num_samples: int, layout: ParallelLayout, *, micro_batch_size: int, num_steps: int) -> int:

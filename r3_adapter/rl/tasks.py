@@ -4,16 +4,19 @@ Tokens: 0 padding, 1 begin, 2 end of the response, 3 to 12 the digits, 13 "+", 1
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from r3_adapter.errors import R3Error
+from r3_adapter.rl.data import PREFIX, prompt_data
 
 BEGIN, END, DIGIT, PLUS, EQUALS, CALL = 1, 2, 3, 13, 14, 15
 VOCABULARY = 16
+_SIGNS = ("<pad>", "<begin>", "<end>", *"0123456789", "+", "=", "<call>")
 
 Tokens = list[int]
 
@@ -43,6 +46,45 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Dataset(Protocol):
+    """What a task has beside that if its prompts are those of a file: each comes once in an epoch."""
+
+    @property
+    def prompts(self) -> Sequence[Tokens]:
+        """All prompts, which are different."""
+        ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """What a task has beside that if its tokens are texts."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        ...
+
+
+def text_of(task: Task, tokens: Sequence[int]) -> str:
+    """Return tokens as people read them: as text where the task has any, else as numbers."""
+    if isinstance(task, Readable):
+        try:
+            return str(task.decode(tokens))
+        except Exception as error:
+            # The task may be the user's, and a run is not lost for a text that is only looked at.
+            return f"[no text: {type(error).__name__}: {error}]"
+    return " ".join(str(token) for token in tokens)
+
+
+class _Signs:
+    """The tokens of this module's tasks as texts."""
+
+    @staticmethod
+    def decode(tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return "".join(_SIGNS[token] if token < len(_SIGNS) else f"<{token}>" for token in tokens)
+
+
 def _overlap(said: Sequence[int], want: Sequence[int]) -> float:
     """Return the share of places that are right; what is missing or too much is wrong."""
     right = sum(a == b for a, b in zip(said, want, strict=False))
@@ -54,7 +96,7 @@ def _digits(number: int) -> Tokens:
 
 
 @dataclass(frozen=True)
-class SortDigits:
+class SortDigits(_Signs):
     """Repeat the digits of the prompt in ascending order, then end. The reward is the share of right places."""
 
     fewest: int = 4
@@ -76,7 +118,7 @@ class SortDigits:
 
 
 @dataclass(frozen=True)
-class AddWithCalculator:
+class AddWithCalculator(_Signs):
     """Say "call", read the sum that the calculator gives, and repeat it; a sum without a call counts as well."""
 
     largest: int = 99
@@ -101,17 +143,51 @@ class AddWithCalculator:
         return _digits(sum(int(part) for part in text.split("+")))
 
 
-TASKS: dict[str, type[SortDigits] | type[AddWithCalculator]] = {"sort": SortDigits, "add": AddWithCalculator}
+@dataclass(frozen=True)
+class RunningSums(_Signs):
+    """Say the sum of the prompt's digits so far, modulo ten, after each of them, then end.
+
+    Each sum follows from the one said before it and one digit of the prompt: like parity with scratch tokens, in base
+    ten. One that is wrong makes those after it wrong. The reward is the share of right places; who guesses has a tenth.
+    """
+
+    length: int = 12
+    max_turns: int = 1
+
+    def prompt(self, rng: np.random.Generator) -> Tokens:
+        return [BEGIN, *(DIGIT + rng.integers(0, 10, self.length)).tolist(), EQUALS]
+
+    def answer(self, prompt: Sequence[int]) -> list[Tokens]:
+        sums = np.cumsum(np.array(prompt[1:-1]) - DIGIT) % 10
+        return [[*(DIGIT + sums).tolist(), END]]
+
+    def reply(self, prompt: Sequence[int], said: Sequence[int], turn: int) -> Tokens | None:
+        return None
+
+    def reward(self, prompt: Sequence[int], said: Sequence[int]) -> float:
+        return _overlap(said, self.answer(prompt)[0])
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "sort": SortDigits,
+    "add": AddWithCalculator,
+    "running": RunningSums,
+    "running-24": partial(RunningSums, 24),
+}
 
 
 def task_named(name: str) -> Task:
-    """Return a task of this module, or one of yours: "package.module:Class", made without arguments.
+    """Return a task of this module, one of a file's prompts, or one of yours: "package.module:Class".
+
+    A class of yours is made without arguments.
 
     Raises:
         R3Error: there is none of that name.
     """
     if name in TASKS:
         return TASKS[name]()
+    if name.startswith(PREFIX):
+        return prompt_data(name)
     module, _, attribute = name.partition(":")
     try:
         task: Task = getattr(importlib.import_module(module), attribute)()

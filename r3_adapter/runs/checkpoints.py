@@ -88,20 +88,29 @@ class Checkpoints:
             self.path(step).rename(aside)
 
     def save(self, step: int, write: Callable[[Path], Mapping[str, Seal]], about: Mapping[str, Any]) -> Path:
-        """Let `write` fill a folder and say what it wrote; the checkpoint is there once all is on the disk."""
+        """Let `write` fill a folder and say what it wrote; the checkpoint is there once all is on the disk.
+
+        Raises:
+            R3Error: the disk is full; what was written of it is removed.
+        """
         partial, folder = self.folder / f"partial-{step}", self.path(step)
         for old in self.folder.glob("partial-*"):
             shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = {name: list(sealed) for name, sealed in sorted(write(partial).items())}
-        write_json(partial / MANIFEST, {**about, "files": files})
+        try:
+            files = {name: list(sealed) for name, sealed in sorted(write(partial).items())}
+            write_json(partial / MANIFEST, {**about, "files": files})
+        except R3Error:
+            # It would keep full a disk that is full.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         _flush(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         _flush(self.folder)
         return folder
 
-    def prune(self, keep: int = 2) -> None:
+    def prune(self, keep: int) -> None:
         """Delete all but the newest."""
         for step in self.steps()[:-keep]:
             shutil.rmtree(self.path(step), ignore_errors=True)

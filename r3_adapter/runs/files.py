@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import R3Error, show
+from r3_adapter.runs.disk import writing
 from r3_adapter.wire import unique_keys
 
 MAX_FILE_BYTES = 1 << 30
@@ -16,7 +17,7 @@ MAX_FILE_BYTES = 1 << 30
 Step = Mapping[str, Any]
 Number = int | float
 
-_OBJECTS = ("agreement", "rows", "micro_batches", "seconds", "bytes", "memory")
+_OBJECTS = ("agreement", "rows", "micro_batches", "expert_load", "seconds", "bytes", "memory", "throughput")
 _KINDS = {str: "a string", dict: "an object", int: "a whole number"}
 _CONFIG = {"name": str, "flags": dict, "model": str, "layout": dict, "seed": int, "versions": dict}
 
@@ -84,7 +85,7 @@ def check_step(step: Mapping[str, Any], place: str) -> None:
     Raises:
         R3Error: with the place and the key.
     """
-    _check_count(step, "step", place)
+    check_count(step, "step", place)
     for key, value in step.items():
         if key in _OBJECTS:
             if not isinstance(value, dict):
@@ -107,7 +108,7 @@ def check_event(event: Mapping[str, Any], place: str) -> None:
     Raises:
         R3Error: with the place and the key.
     """
-    _check_count(event, "step", place)
+    check_count(event, "step", place)
     if not (_is_number(event.get("time")) and math.isfinite(event["time"])):
         raise R3Error(f"{place}: time is {show(event.get('time'))}, not a finite number")
     for key in ("kind", "what"):
@@ -129,14 +130,25 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
         raise R3Error(f"{place}: name is {show(name)}, not 1 to 200 printable characters")
 
 
+def check_count(record: Mapping[str, Any], key: str, place: str) -> None:
+    """Refuse a record in which a key is no whole number from 0 on.
+
+    Raises:
+        R3Error: with the place and the key.
+    """
+    value = record.get(key)
+    if not (isinstance(value, int) and _is_number(value) and value >= 0):
+        raise R3Error(f"{place}: {key} is {show(value)}, not a whole number from 0 on")
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object so that whoever reads the file finds the old one or the new one, whole.
 
     Raises:
-        R3Error: it holds what JSON has no form for.
+        R3Error: it holds what JSON has no form for, or the disk is full.
     """
     beside = path.with_name(f".{path.name}.new")
-    with beside.open("wb") as file:
+    with writing(path), beside.open("wb") as file:
         file.write(dump(value, str(path), indent=2) + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -170,12 +182,6 @@ def _parse(text: bytes, place: str) -> dict[str, Any]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
-
-
-def _check_count(record: Mapping[str, Any], key: str, place: str) -> None:
-    value = record.get(key)
-    if not (isinstance(value, int) and _is_number(value) and value >= 0):
-        raise R3Error(f"{place}: {key} is {show(value)}, not a whole number from 0 on")
 
 
 def _found(record: Mapping[str, Any], key: str) -> str:

@@ -3,19 +3,19 @@
     RUN/config.json     name, flags, model, layout, seed, versions
     RUN/metrics.jsonl   one object a step: numbers, and objects of numbers (agreement, rows, seconds, bytes, memory)
     RUN/events.jsonl    one object a fault or other event: step, time, kind, what
+    RUN/samples.jsonl   texts of a few samples of each step, see samples.py
     RUN/summary.json    what `summarize` returns; there once the run has ended well
-    RUN/tensorboard/    the numbers of metrics.jsonl, keys of inner objects joined by "/"
+    RUN/tensorboard/    the numbers of metrics.jsonl by the names of `trackers.named`
 
 A key may be missing in a step. A number may be NaN or infinite, which Python's json reads and writes; others may not.
 """
 
 import fcntl
-import importlib.util
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from r3_adapter.errors import R3Error
+from r3_adapter.runs.disk import writing
 from r3_adapter.runs.files import (
     Number,
     Step,
@@ -35,57 +36,78 @@ from r3_adapter.runs.files import (
     write_json,
 )
 from r3_adapter.runs.redact import redacted
+from r3_adapter.runs.samples import check_samples
+from r3_adapter.runs.trackers import Tracker, Trackers, scalars, trackers_of
 
 R3_STAGES = ("capture", "transport", "repack", "replay")
 STAGES = ("rollout", "old_logprobs", "train", "weights", *R3_STAGES)
 ROWS = ("replayed", "live", "padding", "stale")
 
+_TRIES = 5
+"""To lock a run: one who only looks whether it is under way has it for a moment."""
+
 
 class RunLog:
     """Writes a run's folder, as a context manager; summary.json comes when it ends without an exception.
 
-    A step is in metrics.jsonl when `step` returns. TensorBoard's files are written too if tensorboard is installed.
+    A step is in metrics.jsonl when `step` returns, and trackers have been told of it; one that fails is an event.
 
     Args:
         folder: RUN; made if it is not there.
         config: what config.json is to hold; what has a secret's name is hidden.
         resume_at: the first step that will be run again or anew; steps from there on are dropped, events are kept.
             None: a new run.
+        trackers: by name; None for TensorBoard alone, where it is installed.
+        on_event: told the step, kind and text of each event, once it is in the log.
 
     Raises:
         R3Error: a run is there already and resume_at is None, another process writes to it, or a value has the wrong
             type.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, resume_at: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        resume_at: int | None = None,
+        trackers: Mapping[str, Tracker] | None = None,
+        on_event: Callable[[int, str, str], None] = lambda *_: None,
+    ) -> None:
         check_config(config, "config")
         config = redacted(config)
-        self.folder, self._last = folder, -1
+        self.folder, self._last, self._on_event = folder, -1, on_event
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = (folder / "metrics.jsonl").open("ab")
+        # Without buffers: what a full disk has not taken must not be written again when the file is closed.
+        self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
         try:
             _lock(self._metrics, folder)
             resumed = self._resume(config, resume_at)
-            self._events = (folder / "events.jsonl").open("ab")
+            self._events = (folder / "events.jsonl").open("ab", buffering=0)
+            self._samples = (folder / "samples.jsonl").open("ab", buffering=0)
         except BaseException:
             self._metrics.close()
             raise
         (folder / "summary.json").unlink(missing_ok=True)
         write_json(folder / "config.json", config)
-        self._tensorboard = _tensorboard(folder / "tensorboard", resume_at)
         if resume_at is not None:
             self.event(resume_at, "resumed", resumed)
+        trackers = trackers_of(()) if trackers is None else trackers
+        self._trackers = Trackers(trackers, folder, config, resume_at, self._tracker_failed)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._metrics.close()
+        self._trackers.close()
         self._events.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if kind is None:
-            write_json(self.folder / "summary.json", Run.load(self.folder).summary)
+        self._samples.close()
+        try:
+            if kind is None:
+                write_json(self.folder / "summary.json", Run.load(self.folder).summary)
+        finally:
+            # Last: a run that nobody writes and that has no summary has been stopped.
+            self._metrics.close()
 
     def step(self, number: int, metrics: Step) -> None:
         """Append a step; `step` and `time` are filled in.
@@ -100,10 +122,18 @@ class RunLog:
             raise R3Error(f"{place}: step ({record['step']}) is not after step ({self._last})")
         _append(self._metrics, record, place)
         self._last = number
-        if self._tensorboard is not None:
-            for key, value in scalars(record):
-                self._tensorboard.add_scalar(key, value, number)
-            self._tensorboard.flush()
+        self._trackers.step(number, record)
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Append texts of a few samples of a step, as `shown_sample` returns them.
+
+        Raises:
+            R3Error: too many, or others.
+        """
+        record = {"step": step, "samples": list(samples)}
+        place = f"{self.folder / 'samples.jsonl'}, step {step}"
+        check_samples(record, place)
+        _append(self._samples, record, place)
 
     def event(self, step: int, kind: str, what: str) -> None:
         """Append a fault or another event of a step.
@@ -115,9 +145,13 @@ class RunLog:
         place = f"{self.folder / 'events.jsonl'}, step {step}"
         check_event(record, place)
         _append(self._events, record, place)
+        self._on_event(step, kind, what)
+
+    def _tracker_failed(self, what: str) -> None:
+        self.event(max(0, self._last), "tracker_failed", what)
 
     def _resume(self, config: Mapping[str, Any], resume_at: int | None) -> str:
-        """Cut both files behind what is kept; return what the event `resumed` says."""
+        """Cut the files behind what is kept; return what the event `resumed` says."""
         path, events = self.folder / "metrics.jsonl", self.folder / "events.jsonl"
         lines = read_lines(path, check_step).lines
         if resume_at is None and (lines or (self.folder / "config.json").exists()):
@@ -128,6 +162,9 @@ class RunLog:
         os.truncate(path, kept[-1].end if kept else 0)
         if events.exists():
             os.truncate(events, max((line.end for line in read_lines(events, check_event).lines), default=0))
+        if (samples := self.folder / "samples.jsonl").exists():
+            ends = [line.end for line in read_lines(samples, check_samples).lines if line.value["step"] <= self._last]
+            os.truncate(samples, max(ends, default=0))
         said = [f"{len(lines) - len(kept)} steps dropped"]
         if resume_at is not None and self._last + 1 < resume_at:
             said.append(f"steps {self._last + 1} to {resume_at - 1} are not in the log")
@@ -143,7 +180,8 @@ class RunLog:
 class Run:
     """A run's folder as it was read.
 
-    steps, events: in order. finished: it ended well. half: files whose last line was not whole, and was left out.
+    steps, events: in order. finished: it ended well; under_way: a process of this host writes it.
+    half: files whose last line was not whole, and was left out.
     """
 
     folder: Path
@@ -151,6 +189,7 @@ class Run:
     steps: Sequence[Step]
     events: Sequence[Mapping[str, Any]]
     finished: bool
+    under_way: bool
     half: Sequence[str]
 
     @classmethod
@@ -161,6 +200,8 @@ class Run:
             R3Error: no run, or malformed content; it names file and line.
         """
         config = redacted(read_config(folder / "config.json"))
+        # Asked before the summary is looked for, which comes before a run lets go of its files.
+        under_way = _is_written(folder)
         metrics = read_lines(folder / "metrics.jsonl", check_step)
         events = read_lines(folder / "events.jsonl", check_event)
         for before, after in pairwise(metrics.lines):
@@ -168,16 +209,26 @@ class Run:
                 raise R3Error(f"{after.place}: step ({after.value['step']}) is not after step ({before.value['step']})")
         half = [name for name, file in (("metrics.jsonl", metrics), ("events.jsonl", events)) if file.half]
         steps, found = ([line.value for line in file.lines] for file in (metrics, events))
-        return cls(folder, config, steps, found, (folder / "summary.json").is_file(), half)
+        return cls(folder, config, steps, found, (folder / "summary.json").is_file(), under_way, half)
 
     @property
     def name(self) -> str:
+        """What reports call the run."""
         return str(self.config["name"])
 
     def series(self, of: Callable[[Step], Number | None]) -> dict[int, float]:
         """Return a figure of each step that has it."""
         found = ((step["step"], of(step)) for step in self.steps)
         return {step: float(value) for step, value in found if value is not None}
+
+    @cached_property
+    def samples(self) -> list[Mapping[str, Any]]:
+        """The lines of samples.jsonl, in order; a run of an older version has none.
+
+        Raises:
+            R3Error: malformed content; it names file and line.
+        """
+        return [line.value for line in read_lines(self.folder / "samples.jsonl", check_samples).lines]
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -244,15 +295,6 @@ def mean(values: Sequence[Number]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def scalars(step: Step) -> Iterator[tuple[str, Number]]:
-    """Yield the numbers of a step but its own and its time; keys of inner objects are joined by "/"."""
-    for key, value in step.items():
-        if isinstance(value, dict):
-            yield from ((f"{key}/{inner}", number) for inner, number in value.items())
-        elif key not in ("step", "time", "weight_version"):
-            yield key, value
-
-
 def check_free(folder: Path) -> None:
     """Refuse a run that another process writes.
 
@@ -265,21 +307,29 @@ def check_free(folder: Path) -> None:
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:
+    for _ in range(_TRIES):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+    raise R3Error(f"{folder}: another process writes this run")
+
+
+def _is_written(folder: Path) -> bool:
+    """Say whether a process of this host writes a run."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise R3Error(f"{folder}: another process writes this run") from error
+        with (folder / "metrics.jsonl").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # No file, or none that can be locked.
+        return False
+    return False
 
 
 def _append(file: IO[bytes], record: Mapping[str, Any], place: str) -> None:
-    file.write(dump(record, place) + b"\n")
-    file.flush()
-
-
-def _tensorboard(folder: Path, resume_at: int | None) -> Any:
-    """Return a writer whose steps from resume_at on count, or None where tensorboard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=resume_at)
+    with writing(Path(file.name)):
+        left = dump(record, place) + b"\n"
+        while left:
+            left = left[file.write(left) :]

@@ -1,29 +1,34 @@
 "use strict";
 (async () => {
-  const charts = JSON.parse(document.getElementById("charts").textContent);
-  const axis = { gridcolor: "#edf0f3", linecolor: "#b8c1cc", zerolinecolor: "#dfe4ea", automargin: true, tickfont: { size: 11 } };
-  const title = { font: { size: 11, color: "#5b6675" }, standoff: 6 };
-  const base = {
-    font: { family: "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", size: 12, color: "#1c2430" },
-    margin: { l: 8, r: 10, t: 8, b: 8 }, paper_bgcolor: "#fff", plot_bgcolor: "#fff",
-    showlegend: false, hovermode: "x unified", hoverlabel: { bgcolor: "#fff", font: { size: 11 } },
-    legend: { orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, itemclick: false, itemdoubleclick: false },
-  };
-  const config = { responsive: true, displayModeBar: false };
-  const named = (own) => ({ ...axis, ...own, title: { ...title, ...own.title } });
-  const shown = (chart) => ({ ...base, ...chart.layout, xaxis: named(chart.layout.xaxis), yaxis: named(chart.layout.yaxis) });
+  const textOf = (id) => document.getElementById(id).textContent;
+  const packed = Uint8Array.from(atob(textOf("bokeh")), (byte) => byte.charCodeAt(0));
+  const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(unpacked).text();
+  document.head.append(script);
 
-  await Promise.all(Object.entries(charts).map(([id, chart]) => Plotly.newPlot(id, chart.traces, shown(chart), config)));
-  document.body.dataset.drawn = Object.keys(charts).length;
+  const charts = Object.entries(JSON.parse(textOf("charts")));
+  const plots = await Promise.all(charts.map(async ([id, item]) => (await Bokeh.embed.embed_item(item, id)).roots[0].model));
+  const hovers = plots.flatMap((plot) => plot.toolbar.tools).filter((tool) => tool.tags.length).map((tool) => [tool, tool.tooltips]);
+  document.body.dataset.drawn = plots.length;
 
+  const hidden = new Set();
   for (const button of document.querySelectorAll("nav button")) {
     button.addEventListener("click", () => {
-      const on = button.getAttribute("aria-pressed") !== "true";
+      const variant = Number(button.dataset.variant), on = hidden.delete(variant);
+      if (!on) hidden.add(variant);
       button.setAttribute("aria-pressed", on);
-      for (const [id, chart] of Object.entries(charts)) {
-        const own = chart.traces.flatMap((trace, at) => (trace.meta === Number(button.dataset.variant) ? [at] : []));
-        if (own.length) Plotly.restyle(id, { visible: on }, own);
+      for (const renderer of plots.flatMap((plot) => plot.renderers)) {
+        if (renderer.tags[0] === variant) renderer.visible = on;
       }
+      // The first line of what is shown beside a point is its place; the others are those of the tool's variants.
+      for (const [tool, lines] of hovers) tool.tooltips = lines.filter((_, at) => at === 0 || !hidden.has(tool.tags[0][at - 1]));
     });
   }
+
+  const tables = [...document.querySelectorAll(".scroll")];
+  const mark = (table) => table.toggleAttribute("data-more", table.scrollWidth - table.clientWidth - table.scrollLeft > 2);
+  for (const table of tables) table.addEventListener("scroll", () => mark(table), { passive: true });
+  new ResizeObserver(() => tables.forEach(mark)).observe(document.body);
+  document.addEventListener("toggle", () => tables.forEach(mark), true);
 })();

@@ -4,23 +4,22 @@ Names and texts come from files that nobody vouches for: each goes through `esca
 JSON into a block that is not a script. The page's policy lets no script run but the two that were put in.
 """
 
-import base64
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from r3_adapter.errors import R3Error
+from r3_adapter.runs.charts import Chart
+from r3_adapter.runs.document import document, figure, scrolled, section
 from r3_adapter.runs.log import ROWS, Run, mean
+from r3_adapter.runs.page_samples import samples_section
 from r3_adapter.runs.plots import (
     AGAINST_ROLLOUT,
+    LOADS,
     SECTIONS,
-    Chart,
     agreement_charts,
     line_chart,
     point_width,
@@ -33,28 +32,6 @@ from r3_adapter.runs.verdict import verdicts
 
 MAX_EVENTS = 500
 NONE = "\N{EN DASH}"
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src $hashes">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>$css</style>
-</head>
-<body>
-<header><h1>$title</h1>$head</header>
-<nav aria-label="variants">$legend</nav>
-<main>$body</main>
-<script type="application/json" id="charts">$charts</script>
-<script>$plotly</script>
-<script>$js</script>
-</body>
-</html>
-""")
-
 
 Named = tuple[str, Chart | None]
 """A plot's title, and the plot if some run recorded what it shows."""
@@ -74,7 +51,7 @@ def write_page(path: Path, folders: Sequence[Path]) -> list[Run]:
     """Write the page of the runs in these folders; return the runs.
 
     Raises:
-        R3Error: a folder that holds no run or a malformed one, plotly is not installed, or the page cannot be written.
+        R3Error: a folder that holds no run or a malformed one, Bokeh is not installed, or the page cannot be written.
     """
     runs = [Run.load(folder) for folder in folders]
     try:
@@ -88,28 +65,14 @@ def page(runs: Sequence[Run]) -> str:
     """Return the page of these runs.
 
     Raises:
-        R3Error: plotly is not installed.
+        R3Error: Bokeh is not installed.
     """
     variants = variants_of(runs)
     charts: list[Chart] = []
-    figures = _section("Side by side" if len(runs) > 1 else "Figures", _figures(variants))
-    sections = [figures, _sections(variants, charts), _events(runs), _settings(variants)]
+    figures = section("Side by side" if len(runs) > 1 else "Figures", _figures(variants))
+    sections = [figures, _sections(variants, charts), samples_section(runs), _events(runs), _settings(variants)]
     title = variants[0].label if len(variants) == 1 else f"{len(variants)} variants, {len(runs)} runs"
-    plotly, js = _plotly(), _asset("page.js")
-    blocks = {
-        f"chart-{number}": {"traces": chart.traces, "layout": chart.layout} for number, chart in enumerate(charts)
-    }
-    return _PAGE.substitute(
-        title=escape(title),
-        css=_asset("page.css"),
-        head=_head(variants),
-        legend=_legend(variants),
-        body="".join(sections),
-        charts=_json(blocks),
-        plotly=plotly,
-        js=js,
-        hashes=" ".join(_hash(script) for script in (plotly, js)),
-    )
+    return document(title, _head(variants), _legend(variants), "".join(sections), charts)
 
 
 def _sections(variants: Sequence[Variant], charts: list[Chart]) -> str:
@@ -121,25 +84,21 @@ def _sections(variants: Sequence[Variant], charts: list[Chart]) -> str:
     stages: list[Named] = [(chart.title, chart) for chart in stage_charts(variants)]
     sections["Time"] = [*(stages or [("Stages", None)]), *sections["Time"]]
     layers: list[Named] = [(chart.title, chart) for chart in agreement_charts(variants, width)]
-    sections[AGAINST_ROLLOUT].append(("Rows", row_chart(variants)))
+    sections[AGAINST_ROLLOUT].append(("What became of the rows", row_chart(variants)))
     sections["Agreement of live routing with the rollout"] = layers or [("Agreement by layer", None)]
     html = []
+    if not any(chart for _, chart in sections[LOADS]):
+        # Only runs with expert parallelism have them.
+        del sections[LOADS]
     for title, found in sections.items():
         figures = []
         for chart in (chart for _, chart in found if chart):
-            figures.append(_figure(chart, len(charts)))
+            figures.append(figure(chart, len(charts)))
             charts.append(chart)
         missing = ", ".join(name for name, chart in found if chart is None)
         note = f'<p class="note">Not recorded by any run: {escape(missing)}</p>' if missing else ""
-        html.append(_section(title, f'<div class="grid">{"".join(figures)}</div>{note}'))
+        html.append(section(title, f'<div class="grid">{"".join(figures)}</div>{note}'))
     return "".join(html)
-
-
-def _figure(chart: Chart, number: int) -> str:
-    notes = "".join(f"<p>{escape(note)}</p>" for note in chart.notes)
-    caption = f"<figcaption><h3>{escape(chart.title)}</h3></figcaption>"
-    plot = f'<div class="plot" id="chart-{number}" style="height:{chart.height}px"></div>'
-    return f"<figure>{caption}{plot}{notes}</figure>"
 
 
 def _head(variants: Sequence[Variant]) -> str:
@@ -166,8 +125,7 @@ def _legend(variants: Sequence[Variant]) -> str:
     html = []
     for number, variant in enumerate(variants):
         color, dash = style(number)
-        css = {"dash": "dashed", "dot": "dotted"}.get(dash, "solid")
-        swatch = f'<i style="border-top:3px {css} {color}"></i>'
+        swatch = f'<i style="border-top:3px {dash} {color}"></i>'
         html.append(
             f'<button type="button" aria-pressed="true" data-variant="{number}">'
             f"{swatch}{escape(variant.label)}</button>"
@@ -197,7 +155,7 @@ def _comparison(variants: Sequence[Variant], colors: Sequence[str]) -> str:
     body.append(_cells("", "collapsed", [_collapsed(variant) for variant in variants]))
     body.append(_cells("", "events", [_event_counts(variant) for variant in variants]))
     head = f"<thead><tr><td></td>{heads}</tr></thead>"
-    return f'<div class="scroll"><table class="compare">{head}<tbody>{"".join(body)}</tbody></table></div>'
+    return scrolled(f'<table class="compare">{head}<tbody>{"".join(body)}</tbody></table>')
 
 
 def _cells(kind: str, title: str, cells: Iterable[str]) -> str:
@@ -313,10 +271,8 @@ def _mixed(variant: Variant) -> set[str]:
 def _settings(variants: Sequence[Variant]) -> str:
     differing, settings = _differing(variants), variants[0].settings()
     rows = "".join(_cells("", key, [escape(value)]) for key, value in settings.items() if key not in differing)
-    table = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
-    return (
-        _section("Settings that all runs share", f"<details><summary>Show</summary>{table}</details>") if rows else ""
-    )
+    table = scrolled(f"<table><tbody>{rows}</tbody></table>")
+    return section("Settings that all runs share", f"<details><summary>Show</summary>{table}</details>") if rows else ""
 
 
 def _events(runs: Sequence[Run]) -> str:
@@ -327,13 +283,11 @@ def _events(runs: Sequence[Run]) -> str:
         for run, event in found[:MAX_EVENTS]
     )
     if not rows:
-        return _section("Faults and other events", "<p>None.</p>")
+        return section("Faults and other events", "<p>None.</p>")
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("run", "step", "time", "what", "and what was done"))
     more = f'<p class="note">{len(found) - MAX_EVENTS} more are left out</p>' if len(found) > MAX_EVENTS else ""
-    table = (
-        f'<div class="scroll"><table class="events"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-    return _section("Faults and other events", table + more)
+    table = scrolled(f'<table class="events"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')
+    return section("Faults and other events", table + more)
 
 
 def _since(run: Run, event: Mapping[str, Any]) -> str:
@@ -341,32 +295,3 @@ def _since(run: Run, event: Mapping[str, Any]) -> str:
     start = run.steps[0].get("time") if run.steps else None
     seconds = event["time"] - start if start is not None else -1.0
     return str(timedelta(seconds=round(seconds))) if 0 <= seconds < 1e9 else NONE
-
-
-def _section(title: str, inner: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{inner}</section>"
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise R3Error(
-            "r3 report draws with plotly, which is not installed: pip install 'r3-adapter[report]'"
-        ) from error
-    return str(get_plotlyjs())
-
-
-def _hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-def _json(value: object) -> str:
-    """Return JSON that ends no block of HTML."""
-    dumped = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return dumped.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,45 +1,37 @@
-"""The plots of the report page, as Plotly's JSON: traces and what is not common in their layouts."""
+"""The plots of the report page, as plain data.
+
+Colours: one of `COLORS` is a variant's, wherever it stands; tints of purple are R3's, of what it did and what it took;
+greys are all else; red is stale. The map of agreement alone has a scale of colours, from blue to yellow.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
-from typing import Any
 
+import numpy as np
+
+from r3_adapter.runs.charts import HeatMap, Key, Lines, Marks, Series, Stack
 from r3_adapter.runs.files import Number, Step
 from r3_adapter.runs.log import R3_STAGES, ROWS, STAGES, replays
 from r3_adapter.runs.variants import MAX_POINTS, Curve, Figure, Variant, at, ratio
 
-# Okabe and Ito's colours that are readable on white; told apart with each common kind of colour blindness.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
-DASHES = ("solid", "dash", "dot")
+# Of Okabe and Ito, readable on white and told apart with each common kind of colour blindness; none is a purple.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#222222")
+DASHES = ("solid", "dashed", "dotted")
 STAGE_COLORS = {
     "rollout": "#44546a",
     "old_logprobs": "#7b8ba3",
     "train": "#aab6c6",
     "weights": "#d0d7e0",
     "other": "#eceff3",
-    "R3": "#d55e00",
-    "capture": "#d55e00",
-    "transport": "#e69f00",
-    "repack": "#cc79a7",
-    "replay": "#56b4e9",
+    "R3": "#6a3d9a",
+    "capture": "#4a2574",
+    "transport": "#7f56ad",
+    "repack": "#a98bcb",
+    "replay": "#d2c2e6",
 }
-ROW_COLORS = {"replayed": "#0072b2", "live": "#e69f00", "padding": "#d0d7e0", "stale": "#d55e00"}
-
-Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A plot: what Plotly draws, its title, and notes on what it does not show. height: in pixels."""
-
-    title: str
-    traces: list[Json]
-    layout: Json
-    notes: Sequence[str] = ()
-    height: int = 250
+ROW_COLORS = {"replayed": STAGE_COLORS["R3"], "live": "#7b8ba3", "padding": "#dfe4ea", "stale": "#c00020"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,7 @@ def _scaled(key: str, factor: float) -> Figure:
 
 
 AGAINST_ROLLOUT = "Trainer against rollout"
+LOADS = "Loads of experts, by expert-parallel rank"
 SECTIONS: dict[str, tuple[Line, ...]] = {
     AGAINST_ROLLOUT: (
         Line("k3 KL of trainer to rollout", "nats", at("k3"), log=True),
@@ -75,6 +68,10 @@ SECTIONS: dict[str, tuple[Line, ...]] = {
         Line("Response length", "tokens", ratio("response_tokens", "samples")),
     ),
     "Time": (Line("Seconds a step", "seconds", at("seconds/step")),),
+    LOADS: (
+        Line("Tokens of the fullest rank over the mean", "1 is even", at("expert_load/ratio")),
+        Line("The same, at its worst in a layer and micro-batch", "1 is even", at("expert_load/worst")),
+    ),
     "Bytes and memory": (
         Line("Routes produced", "bytes a response token", ratio("bytes/routes", "response_tokens")),
         Line("Routes read by trainer ranks", "KiB a step", _scaled("bytes/routes_pulled", 2**-10)),
@@ -91,23 +88,19 @@ def style(number: int) -> tuple[str, str]:
     return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
-def text(value: str) -> str:
-    """Return a string that Plotly shows as it is; it would read tags and entities."""
-    return escape(value)
-
-
-def line_chart(line: Line, variants: Sequence[Variant], width: int) -> Chart | None:
+def line_chart(line: Line, variants: Sequence[Variant], width: int) -> Lines | None:
     """Draw a figure over steps, one line a variant, with a band over its runs; None: nobody has it."""
     curves = [variant.curve(line.figure, width) for variant in variants]
     if not any(curve.steps for curve in curves):
         return None
-    traces: list[Json] = []
+    drawn: list[Series] = []
+    marks: list[Marks] = []
     notes = _not_recorded([variant.label for variant, curve in zip(variants, curves, strict=True) if not curve.steps])
     for number, (variant, curve) in enumerate(zip(variants, curves, strict=True)):
         if not curve.steps:
             continue
-        traces += _traces(line, variant, curve, number, width)
-        traces += _event_marks(variant, curve, number, width) if line.events else []
+        drawn.append(_series(line, variant, curve, number, width))
+        marks += _event_marks(variant, curve, number, width) if line.events else []
         bad = [step for step, value in zip(curve.steps, curve.mean, strict=True) if not math.isfinite(value)]
         if bad:
             notes.append(f"{variant.label}: {len(bad)} points are not finite, the first at step {bad[0]}")
@@ -115,94 +108,59 @@ def line_chart(line: Line, variants: Sequence[Variant], width: int) -> Chart | N
             notes.append(f"{variant.label}: {hidden} points are 0 or less and have no place on a log scale")
     if width > 1:
         notes.append(f"each point is the mean of {width} steps")
-    axis: Json = {"title": {"text": text(line.unit)}}
-    axis |= _decades(curves) if line.log else {"rangemode": "tozero"}
-    axis |= {"tickformat": ".2~%"} if line.percent else {}
-    return Chart(line.title, traces, {"xaxis": {"title": {"text": "step"}}, "yaxis": axis}, notes)
+    return Lines(
+        title=line.title,
+        x_title="step",
+        y_title=line.unit,
+        series=drawn,
+        marks=marks,
+        log=line.log,
+        percent=line.percent,
+        notes=notes,
+    )
 
 
-def _decades(curves: Sequence[Curve]) -> Json:
-    """Return a log axis over whole decades, so that there are ticks to read it by."""
-    drawn = [value for curve in curves for value in (*curve.low, *curve.high) if value > 0 and math.isfinite(value)]
-    low = math.floor(math.log10(min(drawn, default=1)))
-    high = max(low + 1, math.ceil(math.log10(max(drawn, default=10))))
-    span = [low - 0.04, high + 0.04]
-    return {"type": "log", "range": span, "dtick": (high - low - 1) // 6 + 1, "exponentformat": "power"}
+def _series(line: Line, variant: Variant, curve: Curve, number: int, width: int) -> Series:
+    """Return a curve with None between points that are not neighbours, and for what has no place.
 
-
-def _traces(line: Line, variant: Variant, curve: Curve, number: int, width: int) -> list[Json]:
+    A figure that is recorded every few steps has no neighbours: gaps count from its usual distance on.
+    """
     color, dash = style(number)
-    steps, means, low, high, counts = _with_gaps(curve, width)
-    common = {"meta": number, "name": text(variant.label), "x": steps, "type": "scatter", "mode": "lines"}
-    band = {**common, "line": {"width": 0, "color": color}, "hoverinfo": "skip", "showlegend": False}
-    shown = "%{y:.3~%}" if line.percent else "%{y:.4~g}"
-    many = len(variant.runs) > 1
-    drawn = {
-        **common,
-        "y": means,
-        "customdata": counts,
-        "line": {"width": 1.6, "color": color, "dash": dash},
-        "hovertemplate": shown + (" (mean of %{customdata})" if many else ""),
-    }
-    if not many:
-        return [drawn]
-    lower = {**band, "y": low}
-    upper = {**band, "y": high, "fill": "tonexty", "fillcolor": f"{color}26"}
-    return [lower, upper, drawn]
+    distances = sorted(after - before for before, after in pairwise(curve.steps))
+    usual = distances[len(distances) // 2] if distances else width
+    rows: list[tuple[int, Number | None, Number | None, Number | None, str]] = []
+    values = zip(curve.steps, curve.mean, curve.low, curve.high, curve.num_runs, strict=True)
+    for before, (step, mean, low, high, count) in zip([curve.steps[0], *curve.steps], values, strict=False):
+        if step - before > usual:
+            rows.append((before + usual, None, None, None, "not recorded"))
+        of = f" (mean of {count})" if len(variant.runs) > 1 else ""
+        said = (f"{mean:.3%}" if line.percent else f"{mean:.4g}") + of
+        rows.append((step, _placed(mean, line.log), _placed(low, line.log), _placed(high, line.log), said))
+    x, y, lows, highs, texts = (list(column) for column in zip(*rows, strict=True))
+    band = {"low": lows, "high": highs} if len(variant.runs) > 1 else {}
+    return Series(variant.label, color, x, y, texts, dash=dash, number=number, **band)
 
 
-def _event_marks(variant: Variant, curve: Curve, number: int, width: int) -> list[Json]:
+def _event_marks(variant: Variant, curve: Curve, number: int, width: int) -> list[Marks]:
     """Return a mark on the curve for each event, at the next point that there is."""
     points = list(zip(curve.steps, curve.mean, strict=True))
-    marks: dict[tuple[int, float], list[str]] = {}
+    found: dict[tuple[int, float], list[str]] = {}
     for event in (event for run in variant.runs for event in run.events):
         place = next((point for point in points if point[0] >= event["step"] // width * width), points[-1])
-        marks.setdefault(place, []).append(f"step {event['step']}: {event['kind']}")
-    if not marks:
+        found.setdefault(place, []).append(f"step {event['step']}: {event['kind']}"[:80])
+    if not found:
         return []
-    return [
-        {
-            "meta": number,
-            "type": "scatter",
-            "mode": "markers",
-            "name": text(f"{variant.label}, events"),
-            "x": [step for step, _ in marks],
-            "y": [_digits(value) for _, value in marks],
-            "marker": {
-                "symbol": "diamond",
-                "size": 8,
-                "color": "#fff",
-                "line": {"width": 1.6, "color": style(number)[0]},
-            },
-            "customdata": ["<br>".join(text(said[:80]) for said in some[:10]) for some in marks.values()],
-            "hovertemplate": "%{customdata}",
-        }
-    ]
+    said = ["; ".join(some[:10]) for some in found.values()]
+    return [Marks(style(number)[0], [at for at, _ in found], [_placed(y) for _, y in found], said, number)]
 
 
 def _not_recorded(labels: Sequence[str]) -> list[str]:
     return [f"not recorded: {', '.join(labels)}"] if labels else []
 
 
-def _with_gaps(curve: Curve, width: int) -> tuple[list[Number | None], ...]:
-    """Return the curve's lists with None between points that are not neighbours, and for what is not finite.
-
-    A figure that is recorded every few steps has no neighbours: gaps count from its usual distance on.
-    """
-    distances = sorted(after - before for before, after in zip(curve.steps, curve.steps[1:], strict=False))
-    usual = distances[len(distances) // 2] if distances else width
-    rows: list[tuple[Number | None, ...]] = []
-    for before, step, *values in zip(
-        [curve.steps[0], *curve.steps], curve.steps, curve.mean, curve.low, curve.high, curve.num_runs, strict=False
-    ):
-        if step - before > usual:
-            rows.append((before + usual, None, None, None, None))
-        rows.append((step, *(_digits(value) for value in values)))
-    return tuple(list(column) for column in zip(*rows, strict=True))
-
-
-def _digits(value: Number) -> Number | None:
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+def _placed(value: Number, log: bool = False) -> Number | None:
+    """Return five digits of a value, or None of one that has no place on the axis."""
+    return float(f"{value:.5g}") if math.isfinite(value) and (value > 0 or not log) else None
 
 
 def point_width(variants: Sequence[Variant]) -> int:
@@ -211,8 +169,8 @@ def point_width(variants: Sequence[Variant]) -> int:
     return last // MAX_POINTS + 1
 
 
-def agreement_charts(variants: Sequence[Variant], width: int) -> list[Chart]:
-    """Draw agreement by layer over steps, one panel for each variant that has it, all on one scale."""
+def agreement_charts(variants: Sequence[Variant], width: int) -> list[HeatMap]:
+    """Draw agreement by layer over steps, a map for each variant that has it, all on one axis and one scale."""
     found = []
     for variant in variants:
         layers = sorted(
@@ -221,44 +179,48 @@ def agreement_charts(variants: Sequence[Variant], width: int) -> list[Chart]:
         curves = [variant.curve(at(f"agreement/{layer}"), width) for layer in layers]
         if layers:
             found.append((variant, layers, curves))
-    low = min((value for *_, curves in found for curve in curves for value in curve.mean), default=0.0)
-    # Cells reach from their step to the next one that was counted: centred ones would begin before the first.
     counted = sorted({step for *_, curves in found for curve in curves for step in curve.steps})
+    if not counted:
+        return []
+    lowest = min(value for *_, curves in found for curve in curves for value in curve.mean)
+    # A scale of full percent; one that ends where it begins would have no colours.
+    low = min(math.floor(100 * lowest) / 100, 0.99)
+    # A cell reaches from its step to the next one that could be counted.
     apart = min((after - before for before, after in pairwise(counted)), default=1)
-    span = [counted[0], counted[-1] + apart] if counted else []
+    last = max(run.steps[-1]["step"] for variant, *_ in found for run in variant.runs if run.steps)
+    num_cells = (counted[-1] - counted[0]) // apart + 1
+    note = f"colours: {low:.0%} (dark blue) to 100% (yellow) of experts equal"
+    if len(found) > 1:
+        note += f", the same in all {len(found)} maps, as the steps are"
     charts = []
     for variant, layers, curves in found:
-        steps = sorted({step for curve in curves for step in curve.steps})
-        rows = [dict(zip(curve.steps, curve.mean, strict=True)) for curve in curves]
-        trace = {
-            "type": "heatmap",
-            "x": [*steps, steps[-1] + apart],
-            "y": [str(layer) for layer in layers],
-            "text": [[f"step {step}" for step in steps]] * len(layers),
-            "z": [[_digits(row[step]) if step in row else None for step in steps] for row in rows],
-            "zmin": low,
-            "zmax": 1,
-            "colorscale": "Cividis",
-            "colorbar": {
-                "thickness": 10,
-                "title": {"text": "equal experts", "side": "right", "font": {"size": 11}},
-                "tickfont": {"size": 11},
-                "outlinewidth": 0,
-                "tickformat": ".1~%",
-                "nticks": 5,
-            },
-            "hovertemplate": "%{text}, layer %{y}: %{z:.2%}<extra></extra>",
-        }
-        layout = {
-            "hovermode": "closest",
-            "xaxis": {"title": {"text": "step"}, "showgrid": False, "range": span, "autorange": False},
-            "yaxis": {"title": {"text": "layer"}, "type": "category", "nticks": 9, "showgrid": False},
-        }
-        charts.append(Chart(f"Agreement by layer: {variant.label}", [trace], layout))
+        z = np.full((len(layers), num_cells), np.nan, np.float32)
+        for row, curve in zip(z, curves, strict=True):
+            row[[(step - counted[0]) // apart for step in curve.steps]] = curve.mean
+        steps = (counted[0] + apart * np.arange(num_cells, dtype=np.int32))[None].repeat(len(layers), axis=0)
+        by_layer = np.array(layers, np.int32)[:, None].repeat(num_cells, axis=1)
+        charts.append(
+            HeatMap(
+                title=f"Experts that live routers choose as the rollout did, by layer: {variant.label}",
+                x_title="step",
+                y_title="layer",
+                z=z,
+                rows=[str(layer) for layer in layers],
+                start=counted[0],
+                width=apart,
+                end=min(counted[0] + num_cells * apart, last + 1),
+                low=low,
+                high=1.0,
+                what="equal experts",
+                said={"step": steps, "layer": by_layer, "equal experts": z},
+                formats={"equal experts": "{0.00%}"},
+                notes=[note],
+            )
+        )
     return charts
 
 
-def stage_charts(variants: Sequence[Variant]) -> list[Chart]:
+def stage_charts(variants: Sequence[Variant]) -> list[Stack]:
     """Draw mean seconds of the stages, stacked, with R3's as one; and R3's one by one, as shares of the step."""
     labels = [variant.label for variant in variants]
     means = [{stage: variant.mean(_seconds(stage)) for stage in (*STAGES, "step")} for variant in variants]
@@ -278,14 +240,12 @@ def stage_charts(variants: Sequence[Variant]) -> list[Chart]:
             notes.append(f"{label}: the step's own seconds are not recorded")
         elif step is not None and stages > 1.001 * step:
             notes.append(f"{label}: stages overlap; they add up to {stages / step:.2f} of the step")
-    charts = [_bars("Seconds a step, by stage", "seconds", labels, columns, "%{x:.3~g} s", notes)]
+    charts = [_bars("Seconds a step, by stage", "seconds", labels, columns, notes)]
     shares = {stage: [_share(found[stage], found["step"]) for found in means] for stage in R3_STAGES}
     without = [label for label, *values in zip(labels, *shares.values(), strict=True) if not any(values)]
     if len(without) < len(labels):
-        title = "R3's stages"
-        charts.append(
-            _bars(title, "share of the step", labels, shares, "%{x:.3~%}", _not_recorded(without), percent=True)
-        )
+        title = "R3's share of a step, by stage"
+        charts.append(_bars(title, "share of the step", labels, shares, _not_recorded(without), percent=True))
     return charts
 
 
@@ -299,7 +259,7 @@ def _share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
-def row_chart(variants: Sequence[Variant]) -> Chart | None:
+def row_chart(variants: Sequence[Variant]) -> Stack | None:
     """Draw the rows by what became of them, as shares of all."""
     sums = [
         {kind: sum(sum(run.series(at(f"rows/{kind}")).values()) for run in variant.runs) for kind in ROWS}
@@ -314,58 +274,23 @@ def row_chart(variants: Sequence[Variant]) -> Chart | None:
         [variant.label for variant, rows in zip(variants, sums, strict=True) if not sum(rows.values())]
     )
     labels = [variant.label for variant in variants]
-    return _bars("Rows", "share of (token, layer) rows", labels, shares, "%{x:.3~%}", notes, percent=True)
+    return _bars("What became of the rows", "share of rows, that is tokens", labels, shares, notes, percent=True)
 
 
 def _bars(
     title: str,
     unit: str,
     labels: Sequence[str],
-    columns: dict[str, list[float | None]],
-    shown: str,
+    columns: Mapping[str, Sequence[float | None]],
     notes: Sequence[str],
     percent: bool = False,
-) -> Chart:
-    """Stack bars, one a label; R3's stages are hatched."""
-    hatched = ("R3", *R3_STAGES)
-    names = [text(label if len(label) <= 30 else f"{label[:29]}…") + " " for label in labels]
-    traces = []
-    for name, values in columns.items():
-        if not any(values):
-            continue
-        color = {**STAGE_COLORS, **ROW_COLORS}[name]
-        marker: Json = {"color": color, "line": {"color": "#ffffff", "width": 0.5}}
-        if name in hatched:
-            marker["pattern"] = {
-                "shape": "/",
-                "fillmode": "overlay",
-                "size": 5,
-                "fgcolor": "#ffffff",
-                "fgopacity": 0.6,
-                "solidity": 0.2,
-            }
-        traces.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": name,
-                "x": [None if value is None else _digits(value) for value in values],
-                "y": list(range(len(labels))),
-                "marker": marker,
-                "hovertemplate": f"{name}: {shown}<extra></extra>",
-            }
-        )
-    layout = {
-        "barmode": "stack",
-        "hovermode": "closest",
-        "showlegend": True,
-        "xaxis": {"title": {"text": unit}, "rangemode": "tozero"} | ({"tickformat": ".3~%"} if percent else {}),
-        "yaxis": {
-            "autorange": "reversed",
-            "showgrid": False,
-            "zeroline": False,
-            "tickvals": list(range(len(labels))),
-            "ticktext": names,
-        },
+) -> Stack:
+    """Stack bars, one a label."""
+    colors = {**STAGE_COLORS, **ROW_COLORS}
+    parts = {
+        Key(name, colors[name]): [None if value is None else _placed(value) for value in values]
+        for name, values in columns.items()
+        if any(values)
     }
-    return Chart(title, traces, layout, notes, height=150 + 30 * len(labels))
+    height = 110 + 34 * len(labels)
+    return Stack(title=title, unit=unit, labels=labels, parts=parts, percent=percent, notes=notes, height=height)

@@ -11,7 +11,12 @@ ON, OFF = "R3 on", "R3 off"
 def verdicts(runs: Sequence[Run]) -> list[str]:
     """Return a sentence for each run: rows and what became of them, k3 beside the runs without R3, and agreement."""
     without = [run for run in runs if not _is_asked_for(run) and not _total(run, "rows/replayed")]
-    return [f"{run.name}: {_verdict(run, [other for other in without if other is not run])}" for run in runs]
+    names = [run.name for run in runs]
+    said = [f"{run.name} ({run.folder})" if names.count(run.name) > 1 else run.name for run in runs]
+    return [
+        f"{name}: {_verdict(run, [other for other in without if other is not run])}"
+        for name, run in zip(said, runs, strict=True)
+    ]
 
 
 def _progress(run: Run) -> str:
@@ -19,8 +24,8 @@ def _progress(run: Run) -> str:
     if run.finished:
         return ""
     total = run.config["flags"].get("num_rollout")
-    so_far = f"step {run.steps[-1]['step'] + 1}" if run.steps else "no step yet"
-    return f"under way, or stopped: {so_far}{f' of {total}' if total else ''}"
+    so_far = f"step {run.steps[-1]['step'] + 1}{f' of {total}' if total else ''}" if run.steps else "no step yet"
+    return f"under way, {so_far}" if run.under_way else f"STOPPED before its end: {so_far}"
 
 
 def _verdict(run: Run, without: Sequence[Run]) -> str:

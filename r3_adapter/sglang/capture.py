@@ -53,7 +53,7 @@ def trace_from_reply(reply: Mapping[str, Any], prompt_ids: Sequence[int], **opti
         )
     if len(found) > 1:
         raise CaptureError(
-            f"{options.get('place', 'reply')}: computed {len(found)} times, since it was retracted; "
+            f"{options.get('place', 'reply')}: computed {len(found)} times, since SGLang retracted (preempted) it; "
             "read it with computations_from_reply"
         )
     return found[0].trace
@@ -233,15 +233,15 @@ def trace_of_rows(
 ) -> RoutingTrace:
     """Make a trace of routes [S - 1 - start, L, K], of any integer type, of all decoder layers; see decode_native."""
     _check_native(routes, facts, place, start)
-    topk_ids = np.zeros((len(routes) + 1, len(facts.layer_ids), facts.topk), ids_dtype(facts.num_experts))
-    topk_ids[:-1] = routes[:, list(facts.layer_ids)]
+    topk_ids = np.zeros((len(routes) + 1, len(facts.captured_layer_ids), facts.topk), ids_dtype(facts.num_experts))
+    topk_ids[:-1] = routes[:, list(facts.captured_layer_ids)]
     version_ids, names = version_rows(weight_versions, num_prompt_tokens, len(token_ids), place)
     try:
         return RoutingTrace(
             topk_ids=topk_ids,
             token_ids=np.asarray(token_ids[start:], np.int32),
             version_ids=version_ids[start:],
-            layer_ids=np.asarray(facts.layer_ids, np.int32),
+            layer_ids=np.asarray(facts.captured_layer_ids, np.int32),
             num_experts=facts.num_experts,
             weight_versions=names,
         )
@@ -253,7 +253,7 @@ def _check_order(found: Sequence[Computation], num_prompt_tokens: int, num_token
     """Check that the computations start where they should, and took turns in sampling the output."""
     sampled, starts = num_prompt_tokens, {computation.start for computation in found}
     if starts != {min(start, num_tokens - 1)}:
-        raise CaptureError(f"{place}: routes from token {sorted(starts)} != {start}, where they were asked to start")
+        raise CaptureError(f"{place}: routes from token {sorted(starts)} != {start}, the requested start")
     for index, computation in enumerate(found):
         if index and computation.sampled_start != sampled:
             raise CaptureError(
@@ -283,7 +283,7 @@ def _check_model(trace: RoutingTrace, facts: ModelFacts, place: str) -> None:
     for name, have, want in (
         ("num_experts", trace.num_experts, facts.num_experts),
         ("topk", trace.topk, facts.topk),
-        ("layer_ids", trace.layer_ids.tolist(), list(facts.layer_ids)),
+        ("layer_ids", trace.layer_ids.tolist(), list(facts.captured_layer_ids)),
     ):
         if have != want:
             raise CaptureError(f"{place}: routes of {name} {have} != {want} of the model")

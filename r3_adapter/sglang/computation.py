@@ -1,7 +1,7 @@
-"""What an engine computed in one go, as its payload says it; segments of a conversation joined to one.
+"""One uninterrupted computation of a request, as its payload describes it; turns of a conversation joined to one.
 
-A token's log-probability belongs to one computation of the tokens before it. A request that is retracted, or paused
-that way, computes its tokens again: then its payload is one computation after the other.
+A token's log-probability belongs to one computation of the tokens before it. SGLang computes the tokens of a request
+again if it retracts (preempts) the request, or pauses with retraction. Its payload then holds each computation in turn.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _POSITIONS = {"start", "sampled_start", "previous_row", "last_row"}
 
 @dataclass(frozen=True, eq=False)
 class Computation:
-    """The routes of tokens that were computed upon each other, and what this computation sampled.
+    """The routes of tokens that one computation covers, each on top of those before it, and what it sampled.
 
     trace: of the tokens from `start` on.
     start: position of the first token.
@@ -75,7 +75,7 @@ def join_turns(first: Computation, second: Computation, *, place: str = "turn") 
     second: starts with that token, at `first.stop - 1`.
 
     Raises:
-        CaptureError: The second does not continue the first: other tokens, another model, or computed upon other rows
+        CaptureError: The second does not continue the first: other tokens, another model, or computed on other rows
             than the first's (they were evicted or belong to another engine). Ask again from start 0.
     """
     one, other = first.trace, second.trace
@@ -87,7 +87,7 @@ def join_turns(first: Computation, second: Computation, *, place: str = "turn") 
         )
     if first.last_row is None or second.previous_row != first.last_row:
         raise CaptureError(
-            f"{place}: computed upon row {second.previous_row} != {first.last_row}, the last of the turn before"
+            f"{place}: follows row {second.previous_row} != {first.last_row}, the last row of the turn before"
         )
     for name, have, want in (
         ("num_experts", other.num_experts, one.num_experts),

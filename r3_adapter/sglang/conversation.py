@@ -15,7 +15,7 @@ from r3_adapter.sglang.sampling import scored_temperature
 
 
 class Conversation:
-    """What was said so far, by the policy and by others, and the routes of it.
+    """The tokens of a conversation so far, from the policy and from others, and their routes.
 
     tokens: all of it; the next request's input_ids.
     start: the position from which the next request wants routes: the first token that has none.
@@ -33,7 +33,7 @@ class Conversation:
         self.tokens = list(prompt)
         self.start = 0
         self._facts, self._place, self._temperature = facts, place, temperature
-        # Turns that were computed upon each other, with what the engine said of the last one; mostly there is one run.
+        # Runs of turns, each computed on top of the one before, with the last one's reply; mostly one run.
         self._runs: list[tuple[Computation, list[Sample]]] = []
         self._num_turns = 0
 
@@ -42,13 +42,13 @@ class Conversation:
 
         Raises:
             CaptureError: A reply without routes, or with those of other tokens or of another model; a turn that was
-                retracted, or was not computed upon the turns before, since the cache lost them. Nothing is changed.
+                retracted, or not computed on top of the turns before, since the cache lost them. Nothing is changed.
             TraceError: Malformed routes.
         """
         where = f"{self._place}, turn {self._num_turns}"
         found = computations_from_reply(reply, self.tokens, facts=self._facts, start=self.start, place=where)
         if len(found) > 1:
-            raise CaptureError(f"{where}: computed {len(found)} times, since it was retracted")
+            raise CaptureError(f"{where}: computed {len(found)} times, since SGLang retracted (preempted) it")
         computation, turns = found[0], list[Sample]()
         if self.start:
             before, turns = self._runs[-1]
@@ -70,7 +70,7 @@ class Conversation:
         return turns[-1]
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Append what somebody else says."""
+        """Append tokens that the policy did not sample, such as a user's turn or a tool's result."""
         self.tokens += tokens
 
     def samples(self) -> list[Sample]:
@@ -94,7 +94,7 @@ def _one_sample(turns: Sequence[Sample]) -> Sample:
 
 
 class Asks(Protocol):
-    """What a conversation needs of an engine."""
+    """The methods of an engine that a conversation calls."""
 
     facts: ModelFacts | None
 

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def enable_cpu() -> None:
     sys.path[:0] = stubs
     if stubs:
         _tell_transformers()
+    if not has_gpu():
+        # SGLang's kernels of quantized weights say at import that they are for GPUs, which is no news without one.
+        warnings.filterwarnings("ignore", message="Only CUDA.* support .* currently", category=UserWarning)
 
 
 def _tell_transformers() -> None:

@@ -15,13 +15,15 @@ import numpy.typing as npt
 
 from r3_adapter.environment import environment
 from r3_adapter.errors import CaptureError, R3Error, check_choice, check_whole, show
+from r3_adapter.hash_layers import HashTables
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
 from r3_adapter.sglang.cpu import cpu_environment, enable_cpu, has_gpu
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.guard import EngineProcesses
 from r3_adapter.sglang.http import generate_over_http
-from r3_adapter.sglang.perturb import VARIABLE
+from r3_adapter.sglang.meeting import FOLDER
+from r3_adapter.sglang.perturb import SWITCH, VARIABLE
 from r3_adapter.sglang.plugin import check_installed
 from r3_adapter.sglang.samples import Prompts, Recomputed, checked_prompt, checked_prompts, native_bytes, samples_of
 from r3_adapter.sglang.sampling import SamplingParams, check_engine, checked_all, checked_params
@@ -29,7 +31,14 @@ from r3_adapter.sglang.server_arguments import check_server_arguments
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.sglang.shared import fetch_payload, payload_folder
 
-__all__ = ["Engine", "generate_over_http", "native_bytes", "rollout_in_subprocess", "samples_of"]
+__all__ = [
+    "Engine",
+    "floor_and_rollout",
+    "generate_over_http",
+    "native_bytes",
+    "rollout_in_subprocess",
+    "samples_of",
+]
 Reply = TypeVar("Reply")
 Progress = Callable[[int, int], None]
 """Called with the samples that are done and the number of all."""
@@ -45,7 +54,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         if not isinstance(settings, EngineSettings):
-            raise CaptureError(f"{show(settings)} are no EngineSettings")
+            raise CaptureError(f"settings {show(settings)} is not an EngineSettings")
         self.settings = settings
         if not Path(settings.model_path).is_dir():
             raise CaptureError(
@@ -55,9 +64,13 @@ class Engine:
         # The facts are read with transformers, which looks once for what is installed.
         enable_cpu()
         self.facts = ModelFacts.if_known(Path(settings.model_path))
+        self.tables: HashTables | None = None
+        if self.facts is not None and self.facts.hash_layer_ids:
+            self.tables = HashTables.from_checkpoint(Path(settings.model_path))
         self.weight_version = settings.weight_version
         self._versions = {settings.weight_version}
         self._folder: Path | None = None
+        self._switch: Path | None = None
 
     def __enter__(self) -> "Engine":
         gpu = has_gpu()
@@ -67,11 +80,10 @@ class Engine:
         arguments = self.settings.engine_arguments(gpu=gpu)
         check_server_arguments(arguments)
         check_engine(arguments)
-        variables = {} if self.settings.perturb is None else {VARIABLE: str(self.settings.perturb)}
-        with ExitStack() as stack, environment(variables):
+        with ExitStack() as stack, environment(self._perturbed(stack)):
             from sglang.srt.entrypoints.engine import Engine as SGLang
 
-            if self.settings.shared_memory:
+            if self.settings.uses_shared_memory:
                 self._folder = stack.enter_context(payload_folder())
                 arguments["routed_experts_dir"] = str(self._folder)
             self._processes = EngineProcesses()
@@ -93,6 +105,24 @@ class Engine:
             self._processes.end(self._engine)
         finally:
             self._files.close()
+
+    def _perturbed(self, stack: ExitStack) -> dict[str, str]:
+        """Return the variables that perturb the engine, if it is to be; the stack keeps the folder of its switch."""
+        if self.settings.perturb is None:
+            return {}
+        self._switch = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "perturb"
+        self.perturb(True)
+        return {VARIABLE: str(self.settings.perturb), SWITCH: str(self._switch)}
+
+    def perturb(self, on: bool) -> None:
+        """Let the next forward pass, and all after it, select perturbed experts or not; to be called between batches.
+
+        Raises:
+            CaptureError: The engine was not started to be perturbed.
+        """
+        if self._switch is None:
+            raise CaptureError("the engine cannot be perturbed: it was started without `perturb` in its settings")
+        self._switch.write_bytes(b"1" if on else b"0")
 
     @property
     def death(self) -> str | None:
@@ -218,7 +248,7 @@ class Engine:
     async def update_weights(self, folder: Path, version: str) -> None:
         """Load other weights, which rows computed from now on carry as `version`.
 
-        Requests under way are paused and go on upon the rows that they have: their routes are of two versions. Requests
+        Running requests are paused and go on with the rows that they have: their routes are of two versions. Requests
         that come later share no rows of before.
 
         Raises:
@@ -258,38 +288,62 @@ class Engine:
         replies = self.replies(prompts, sampling_params, **options)
         native = self.settings.is_flat
         return samples_of(
-            replies, prompts, self.facts, native=native, recomputed=recomputed, sampling_params=sampling_params
+            replies,
+            prompts,
+            self.facts,
+            native=native,
+            recomputed=recomputed,
+            sampling_params=sampling_params,
+            tables=self.tables,
         )
 
 
+Requests = tuple[Prompts, SamplingParams]
+
+
 def rollout_in_subprocess(
+    settings: EngineSettings, prompts: Prompts, sampling_params: SamplingParams, **options: Any
+) -> list[Sample]:
+    """Generate in a process of its own, which ends with the call; return a sample for each prompt.
+
+    options: those of floor_and_rollout.
+
+    Raises:
+        CaptureError: as floor_and_rollout.
+    """
+    return floor_and_rollout(settings, ([], {}), (prompts, sampling_params), **options)[1]
+
+
+def floor_and_rollout(
     settings: EngineSettings,
-    prompts: Prompts,
-    sampling_params: SamplingParams,
+    floor: Requests,
+    requests: Requests,
     *,
     recomputed: Recomputed = "raise",
     batch_size: int | None = None,
     follow_ups: Sequence[Prompts] = (),
     timeout: float = 600,
     progress: Progress = lambda done, total: None,
-) -> list[Sample]:
-    """Generate in a process of its own, which ends with the call; return a sample for each prompt.
+) -> tuple[list[Sample], list[Sample]]:
+    """Generate in a process of its own, first without the settings' perturbation; return both runs' samples.
 
+    floor: what the engine is asked first, unperturbed, one turn each; no prompts for nothing.
+    requests: what it is asked then.
     recomputed: as in samples_of, which with "split" returns more samples than prompts.
-    follow_ups: for each prompt, what is said after each of its turns; then there is a sample for each turn, and the
-        conversations run one after the other.
+    follow_ups: for each prompt of `requests`, the follow-up after each of its turns; then there is a sample for each
+        turn, and the conversations run one after the other.
     batch_size: prompts that are given to the engine at once; None for all.
     timeout: seconds for start and generation together.
-    progress: called several times a second with the samples that are done and the number of all.
+    progress: called several times a second with the samples of `requests` that are done and the number of all.
 
     Raises:
         CaptureError: The engine failed or was late; the message says why.
     """
     check_choice("recomputed", recomputed, Recomputed, CaptureError)
     if not isinstance(settings, EngineSettings):
-        raise CaptureError(f"{show(settings)} are no EngineSettings")
+        raise CaptureError(f"settings {show(settings)} is not an EngineSettings")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, prompts = Path(name), requests[0]
         request: dict[str, Any] = {"settings": settings.to_json(), "recomputed": recomputed, "batch_size": batch_size}
         request["follow_ups"] = [[list(turn) for turn in turns] for turns in follow_ups]
         request["input_ids"] = checked_prompts(prompts)
@@ -297,7 +351,10 @@ def rollout_in_subprocess(
             raise CaptureError(f"follow-ups of {len(follow_ups)} prompts != {len(prompts)} prompts")
         if batch_size is not None:
             check_whole("batch_size", batch_size, 1, error=CaptureError)
-        request["sampling_params"] = checked_all(sampling_params, len(prompts))
+        request["sampling_params"] = checked_all(requests[1], len(prompts))
+        if floor[0]:
+            params = checked_all(floor[1], len(floor[0]))
+            request["floor"] = {"input_ids": checked_prompts(floor[0]), "sampling_params": params}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "r3_adapter.sglang.worker", f"{folder}/request.json", f"{folder}/samples"]
         bar = folder / "samples.progress"
@@ -307,7 +364,9 @@ def rollout_in_subprocess(
                 progress(bar.stat().st_size, len(prompts))
 
         try:
-            run_together([command], env=[cpu_environment()], timeout=timeout, tick=tick, what="rollout")
+            # A port that SGLang finds free for its ranks may be another's before they listen at it.
+            env = {**cpu_environment(), FOLDER: name}
+            run_together([command], env=[env], timeout=timeout, tick=tick, what="rollout")
         except R3Error as error:
             raise CaptureError(str(error)) from error
-        return load_samples(folder / "samples")
+        return load_samples(folder / "samples.floor") if floor[0] else [], load_samples(folder / "samples")

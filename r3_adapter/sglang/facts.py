@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration says about its routers, to hold the engine's replies against."""
+"""What a checkpoint's configuration says about its routers; replies of the engine are checked against it."""
 
 import json
 from collections.abc import Mapping
@@ -18,12 +18,19 @@ class ModelFacts:
     topk: experts a token.
     layer_ids: decoder layers (from 0) that are MoE layers, increasing.
     num_layers: all decoder layers.
+    hash_layer_ids: the MoE layers whose experts follow from the token id, which no engine captures.
     """
 
     num_experts: int
     topk: int
     layer_ids: tuple[int, ...]
     num_layers: int
+    hash_layer_ids: tuple[int, ...] = ()
+
+    @property
+    def captured_layer_ids(self) -> tuple[int, ...]:
+        """The MoE layers of which an engine captures routes."""
+        return tuple(layer for layer in self.layer_ids if layer not in self.hash_layer_ids)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, place: str = "config") -> "ModelFacts":
@@ -53,7 +60,8 @@ class ModelFacts:
             said = " and ".join(f"{experts} experts with top-{topk}" for experts, topk in sorted(shapes))
             raise UnknownModelError(f"{where}: its layers differ, {said}: one number for all is not known")
         ((num_experts, topk),) = shapes
-        return cls(num_experts, topk, tuple(found), len(model.layers))
+        hashed = tuple(at for at in found if model.is_hashed(at))
+        return cls(num_experts, topk, tuple(found), len(model.layers), hashed)
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> "ModelFacts":

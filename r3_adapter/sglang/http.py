@@ -72,9 +72,22 @@ def post_json(url: str, body: Mapping[str, Any], *, timeout: float, proxy: str |
     Raises:
         CaptureError: No answer, one that refuses or sends elsewhere, or one that is no JSON or too large.
     """
+    return _answer(url, json.dumps(body).encode(), timeout, proxy, place)
+
+
+def get_json(url: str, *, timeout: float, proxy: str | None = None, place: str) -> Any:
+    """Get the JSON at a URL.
+
+    Raises:
+        CaptureError: As post_json.
+    """
+    return _answer(url, None, timeout, proxy, place)
+
+
+def _answer(url: str, body: bytes | None, timeout: float, proxy: str | None, place: str) -> Any:
     proxies = {} if proxy is None or _is_loopback(url) else {"http": checked_url(proxy), "https": checked_url(proxy)}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _NoRedirects)
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, body, {} if body is None else {"Content-Type": "application/json"})
     try:
         until = time.monotonic() + timeout
         with opener.open(request, timeout=timeout) as answer:
@@ -82,6 +95,8 @@ def post_json(url: str, body: Mapping[str, Any], *, timeout: float, proxy: str |
     except urllib.error.HTTPError as error:
         said = error.read(_MAX_ERROR)[:500].decode(errors="replace")
         raise CaptureError(f"{place}: {error}: {said}") from error
+    except urllib.error.URLError as error:
+        raise CaptureError(f"{place}: cannot be reached: {error.reason}") from error
     except (OSError, ValueError, HTTPException) as error:
         raise CaptureError(f"{place}: {error}") from error
     if len(text) > MAX_REPLY:
@@ -111,7 +126,7 @@ def checked_url(url: str) -> str:
 
 
 def _read(answer: HTTPResponse, until: float) -> bytes:
-    """Read an answer up to a byte more than it may have; a server that sends a little now and then is late too."""
+    """Read an answer, at most one byte beyond the limit; the deadline also holds for a server that sends slowly."""
     parts, size = [], 0
     while size <= MAX_REPLY and (part := answer.read1(_CHUNK)):
         parts.append(part)
@@ -138,7 +153,7 @@ def _is_loopback(url: str) -> bool:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Prompts go to the server that was named, and nowhere else."""
+    """Redirects are refused: prompts go to the server that was named alone."""
 
     def redirect_request(self, *args: Any) -> None:
         return None

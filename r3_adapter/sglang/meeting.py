@@ -1,6 +1,6 @@
-"""Let the ranks of an engine meet in a file that only this user can read, in place of at a port.
+"""Let the ranks of an engine find each other through a file that only this user can read, not through a port.
 
-torch's store listens at every address of the host, asks nobody who they are, and says where the ranks' own sockets are.
+torch's store listens at every address of the host, authenticates nobody, and tells where the ranks' own sockets are.
 """
 
 import importlib

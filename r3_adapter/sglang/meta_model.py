@@ -91,6 +91,23 @@ class MetaModel:
             raise UnknownModelError(f"{where}: topk {topk} outside 1 to {num_experts} experts")
         return MoeLayer(num_experts, topk, names)
 
+    def moe_modules(self, layer_id: int) -> "tuple[nn.Module, nn.Module]":
+        """Return the module that routes and computes the experts of a MoE layer, and the one in it that holds them.
+
+        Raises:
+            UnknownModelError: Experts in a form that is not known, or in several modules.
+        """
+        layer, where = self.layers[layer_id], f"{self.place}: {self.family}: layer {layer_id}"
+        found = _expert_modules(layer)
+        if len(found) != 1:
+            raise UnknownModelError(f"{where} has routed experts in {len(found)} modules != 1")
+        ((name, experts),) = found
+        return layer.get_submodule(_block_of(layer, name, where)), experts
+
+    def is_hashed(self, layer_id: int) -> bool:
+        """Tell whether the experts of a MoE layer follow from token ids, by a table among its buffers."""
+        return any(name.endswith("tid2eid") for name, _ in self.layers[layer_id].named_buffers())
+
     def _topk(self, block: "nn.Module", where: str) -> int:
         found = set(_topk_values(block)) or {
             value for name in TOPK_NAMES if type(value := getattr(self.config, name, None)) is int
@@ -118,6 +135,18 @@ def meta_model(config: Mapping[str, Any], place: str) -> MetaModel:
     return _models[key]
 
 
+def modules_of(model: "nn.Module", place: str) -> MetaModel:
+    """Take the modules of a model of transformers that is there.
+
+    Raises:
+        UnknownModelError: Its decoder layers are not known.
+    """
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    family = str(text.model_type)
+    decoder, layers = _decoder(model, text, f"{place}: {family}")
+    return MetaModel(family, text, model, decoder, layers, place)
+
+
 def _build(config: dict[str, Any], place: str) -> MetaModel:
     family = config.get("model_type")
     try:
@@ -130,8 +159,10 @@ def _build(config: dict[str, Any], place: str) -> MetaModel:
         raise UnknownModelError(
             f"{place}: model_type {family!r} is not known to transformers {transformers.__version__}"
         )
-    with _quiet():
+    with quiet():
         try:
+            # Infinity has a form of its own in files of transformers 5.
+            config = kind._decode_special_floats(config)
             whole = kind.from_dict({name: value for name, value in config.items() if name not in _MACHINE})
             text = whole.get_text_config()
             if (num_layers := getattr(text, "num_hidden_layers", 0)) > _MAX_LAYERS:
@@ -242,7 +273,7 @@ def _topk_values(block: "nn.Module") -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' remarks on a configuration to itself."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -65,7 +65,7 @@ def sample_of_openai(
     payload = _one([extra.get("routed_experts") for extra in extras], "routed_experts in sglext", place)
     found = read_computations(from_base64(payload, place), place=place)
     if len(found) > 1:
-        raise CaptureError(f"{place}: computed {len(found)} times, since it was retracted")
+        raise CaptureError(f"{place}: computed {len(found)} times, since SGLang retracted (preempted) it")
     token_ids = found[0].trace.token_ids.tolist()
     num_prompt_tokens = _prompt_length(parts, choices, extras, prompt_ids, token_ids, place)
     check_computations(found, token_ids, num_prompt_tokens, facts=facts, place=place)
@@ -128,7 +128,7 @@ def _checked_request(request: Any, place: str) -> float:
 
 
 def _choices(parts: Sequence[Any], place: str) -> list[Mapping[str, Any]]:
-    """Return the choices of all parts, which are of one."""
+    """Return the choices of all parts, which belong to one choice."""
     found = []
     for part in parts:
         choices = part.get("choices") if isinstance(part, Mapping) else None
@@ -136,7 +136,7 @@ def _choices(parts: Sequence[Any], place: str) -> list[Mapping[str, Any]]:
             raise CaptureError(f"{place}: not a reply: {show(part)}")
         found += choices
         if any(choice.get("index", 0) != 0 for choice in choices) or len(choices) > 1:
-            raise CaptureError(f"{place}: several choices; a reply has room for the routes of one")
+            raise CaptureError(f"{place}: several choices; a reply carries the routes of one choice only")
     return found
 
 
@@ -149,7 +149,7 @@ def _check_end(choices: Sequence[Mapping[str, Any]], place: str) -> None:
 
 
 def _logprobs(choices: Sequence[Mapping[str, Any]], place: str) -> list[Any]:
-    """Return [R] what the reply has for log-probabilities, in either form."""
+    """Return [R] the log-probabilities of the reply, in the form of either endpoint."""
     found: list[Any] = []
     for choice in choices:
         part = choice.get("logprobs")
@@ -172,7 +172,7 @@ def _prompt_length(
     token_ids: Sequence[int],
     place: str,
 ) -> int:
-    """Return how many tokens are the prompt's, by all that says so."""
+    """Return the length of the prompt; every field of the reply that states it must agree."""
     lists = [
         prompt_ids,
         *(extra.get("input_ids") for extra in extras),
@@ -195,7 +195,7 @@ def _prompt_length(
             lengths.add(check_whole(f"{place}: prompt_tokens", usage["prompt_tokens"], 1, error=CaptureError))
     if not lengths:
         raise CaptureError(
-            f"{place}: nothing says how long the prompt is; ask a stream with stream_options include_usage, "
+            f"{place}: the reply does not say how long the prompt is; ask a stream with stream_options include_usage, "
             "or name prompt_ids"
         )
     (length, *others) = lengths

@@ -1,4 +1,4 @@
-"""The boundary where replies of an engine are read: what comes out is checked, or an error says what is wrong.
+"""Read an engine's replies: each value is checked here, or an error says what is wrong with it.
 
 R: output tokens of a reply.
 """
@@ -69,7 +69,7 @@ def token_ids_of(found: Any, place: str) -> list[int]:
         CaptureError: It is something else.
     """
     if not isinstance(found, list | tuple):
-        raise CaptureError(f"{place}: {show(found)} is no list of token ids")
+        raise CaptureError(f"{place}: {show(found)} is not a list of token ids")
     if not set(map(type, found)) <= {int} or not all(0 <= token <= _MAX_ID for token in found):
         wrong = next(token for token in found if type(token) is not int or not 0 <= token <= _MAX_ID)
         raise CaptureError(f"{place}: {show(wrong)} is no token id")
@@ -77,7 +77,7 @@ def token_ids_of(found: Any, place: str) -> list[int]:
 
 
 def payload_of(reply: Any, place: str) -> bytes | memoryview:
-    """Return the bytes of a reply's routes, in whichever form they are; a handle is not followed.
+    """Return the bytes of a reply's routes, in either form; the file that a handle names is not read.
 
     Raises:
         CaptureError: There are none, or no base64.
@@ -122,9 +122,9 @@ def logprobs_of(reply: Any, place: str, *, aborted: Policy = "raise") -> npt.NDA
     if not isinstance(pairs, list | tuple) or not all(
         isinstance(pair, list | tuple) and len(pair) > 1 for pair in pairs
     ):
-        raise CaptureError(f"{place}: output_token_logprobs {show(pairs)} are no pairs of log-probability and token")
+        raise CaptureError(f"{place}: output_token_logprobs {show(pairs)} are not pairs of log-probability and token")
     if [pair[1] for pair in pairs] != output_ids_of(reply, place):
-        raise CaptureError(f"{place}: log-probabilities of {len(pairs)} tokens are not of the output_ids")
+        raise CaptureError(f"{place}: the {len(pairs)} tokens of output_token_logprobs are not the output_ids")
     return as_logprobs([pair[0] for pair in pairs], place)
 
 
@@ -184,7 +184,7 @@ def version_rows(
 
 
 def _said(found: Any) -> str:
-    """Return what somebody said in place of a reply, without the rest of a long text."""
+    """Return the text that came in place of a reply, cut if it is long."""
     try:
         return str(dict(found) if isinstance(found, Mapping) else found)[:500]
     except (RecursionError, ValueError):

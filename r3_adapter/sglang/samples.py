@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from r3_adapter.errors import CaptureError, check_choice, show
+from r3_adapter.hash_layers import HashTables
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.capture import computations_from_reply, trace_from_native_reply
 from r3_adapter.sglang.facts import ModelFacts
@@ -67,6 +68,7 @@ def samples_of(
     place: str = "request",
     recomputed: Recomputed = "raise",
     sampling_params: SamplingParams = MappingProxyType({}),
+    tables: HashTables | None = None,
 ) -> list[Sample]:
     """Make samples of replies, in the order of their prompts.
 
@@ -74,6 +76,7 @@ def samples_of(
         layers and experts are then taken as they are.
     native: the routes are in SGLang's own form, of format "flat" or "exact-flat", which needs facts.
     sampling_params: that the replies were asked with, for all prompts or one for each; samples keep the temperature.
+    tables: of layers whose experts follow from token ids, which engines do not capture: they are filled in.
     recomputed: what a request becomes that was retracted, so that its later tokens were sampled under other routes
         than its earlier ones. "raise": an error. "split": a sample for each of its computations, one after the other;
         the prompt of a later one is all that was sampled before it.
@@ -100,16 +103,19 @@ def samples_of(
             if facts is None:
                 raise CaptureError(f"{where}: routes in SGLang's own form, of a model whose layers are not known")
             trace = trace_from_native_reply(reply, prompt, facts, place=where)
+            trace = trace if tables is None else tables.fill(trace)
             samples.append(Sample(trace, len(prompt), logprobs, size, temperature=temperatures[index]))
             continue
         found = computations_from_reply(reply, prompt, facts=facts, place=where)
         if recomputed == "raise" and len(found) > 1:
-            raise CaptureError(f"{where}: computed {len(found)} times, since it was retracted; read it as 'split'")
+            why = "since SGLang retracted (preempted) it; read it as 'split'"
+            raise CaptureError(f"{where}: computed {len(found)} times, {why}")
         for computation in found:
             start = computation.sampled_start or len(prompt)
             part = logprobs[start - len(prompt) : computation.stop - len(prompt)]
             size = size if computation is found[0] else 0
-            samples.append(Sample(computation.trace, start, part, size, temperature=temperatures[index]))
+            trace = computation.trace if tables is None else tables.fill(computation.trace)
+            samples.append(Sample(trace, start, part, size, temperature=temperatures[index]))
     return samples
 
 

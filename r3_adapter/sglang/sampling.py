@@ -1,4 +1,4 @@
-"""Sampling parameters: which leave the scored distribution alone, and which a trainer could not follow.
+"""Sampling parameters: which of them leave the scored distribution as it is, and which a trainer could not reproduce.
 
 The log-probabilities that SGLang returns are those of softmax(logits / temperature), over the whole vocabulary: top_p,
 top_k and min_p draw from less of it and score in all of it. A trainer divides its logits by the temperature too.
@@ -18,7 +18,7 @@ SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 UNSCORED = frozenset(
     {
-        # What is drawn, of a distribution that stays.
+        # Restrict which token is drawn; the scored distribution stays.
         "top_p",
         "top_k",
         "min_p",
@@ -29,7 +29,7 @@ UNSCORED = frozenset(
         "stop_token_ids",
         "stop_regex",
         "ignore_eos",
-        # What its text looks like, and when it is sent.
+        # Only about the text and when it is sent.
         "skip_special_tokens",
         "spaces_between_special_tokens",
         "no_stop_trim",
@@ -51,10 +51,10 @@ NEUTRAL: Mapping[str, Any] = {
     "structural_tag": None,
     # Of custom logits processors and of thinking budgets.
     "custom_params": None,
-    # Several choices have one reply to each prompt no more, and beams are not sampled.
+    # With several choices a prompt has several replies, and beams are not sampled.
     "n": 1,
     "beam_width": None,
-    # Draws from another distribution than tokens are scored in.
+    # Draws from another distribution than the one that tokens are scored in.
     "watermark": None,
 }
 """Parameters that change it, or the reply, with the value at which they do not; others are refused."""
@@ -95,13 +95,13 @@ def checked_params(params: Mapping[str, Any], *, place: str = "sampling paramete
         if name in NEUTRAL:
             if not _is_neutral(value, NEUTRAL[name]):
                 raise CaptureError(
-                    f"{place}: {name} {value!r} changes the distribution that tokens are scored in, which a trainer "
-                    f"does not repeat; only {NEUTRAL[name]!r} leaves it alone"
+                    f"{place}: {name} {value!r} changes the scored distribution, and a trainer cannot reproduce that; "
+                    f"only {NEUTRAL[name]!r} is allowed"
                 )
         elif name in INTERNAL:
             raise CaptureError(f"{place}: {name!r} is not a parameter of a request; SGLang sets it itself")
         elif name not in UNSCORED and name != "temperature":
-            raise CaptureError(f"{place}: {name!r} is no sampling parameter that is known")
+            raise CaptureError(f"{place}: {name!r} is not a known sampling parameter")
     temperature = scored_temperature(params, place=place)
     if params.get("top_k") == 1 and temperature != 1:
         # Scored at temperature 1 where all requests of a batch are greedy, and at its own where one is not.
@@ -144,7 +144,7 @@ def scored_temperature(params: Mapping[str, Any], *, place: str = "sampling para
 
 
 def check_engine(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of SGLang, and variables of this process, that change what its log-probabilities are of.
+    """Refuse arguments of SGLang, and environment variables, that change the distribution of its log-probabilities.
 
     Raises:
         CaptureError: Names one.

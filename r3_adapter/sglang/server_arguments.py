@@ -87,8 +87,8 @@ REFUSED: Mapping[str, Refusal] = {
     "elastic_ep_backend": Refusal(_LOST_RANK),
     "elastic_ep_rejoin": _only_here(_LOST_RANK, _NO, "elastic_ep_backend, which it is for, is refused there"),
     "ep_join_mode": _only_here(_LOST_RANK, (), "elastic_ep_backend, which it is for, is refused there"),
-    "moe_dp_size": Refusal("that rows stay on the rank of their tokens is not known", (1,)),
-    "dwdp_size": Refusal("that rows stay on the rank of their tokens is not known", (1,)),
+    "moe_dp_size": Refusal("it is not known whether rows stay on the rank of their tokens", (1,)),
+    "dwdp_size": Refusal("it is not known whether rows stay on the rank of their tokens", (1,)),
     "moe_a2a_backend": Refusal(
         "ranks choose the experts of a part of a request's tokens", ("none", "deepep", "deepep_v2")
     ),

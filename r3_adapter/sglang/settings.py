@@ -1,4 +1,4 @@
-"""How a rollout engine is started, and the form of it in a file."""
+"""Settings of a rollout engine, and their JSON form."""
 
 import json
 import os
@@ -8,24 +8,26 @@ from typing import Any, Literal
 
 from r3_adapter.errors import CaptureError, check_choice, check_whole, show
 from r3_adapter.sglang.perturb import Perturbation
+from r3_adapter.watchdog import MEMORY
 
 Format = Literal["safetensors", "flat", "exact-flat"]
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a rollout engine needs to know.
+    """How a rollout engine is started.
 
     tp_size, pp_size: tensor and pipeline parallel sizes of the engine.
     radix_cache: share the KV rows of common prefixes between requests.
     routed_experts_format: "safetensors" and "exact-flat" need the patched SGLang. "flat" is SGLang's own form, and
         "exact-flat" is the same with the rows that "safetensors" has; see docs/capture.md for what it cannot say.
-    shared_memory: hand the routes over in files below /dev/shm, which are mapped; needs format "safetensors".
+    shared_memory: hand the routes over in files below /dev/shm; needs format "safetensors". None: where that is the
+        format, unless `extra` spreads the engine over hosts or names a folder.
     max_total_tokens: size of the KV cache in tokens; None leaves it to SGLang, which takes most of the memory.
     max_running_requests: requests that are computed at once; None leaves it to SGLang.
     weight_version: the engine's name for the checkpoint's weights, which rows carry.
     overlap: overlap scheduling; None for off without a GPU, where it gains nothing, and on with one.
-    perturb: select random experts in some rows; for proofs.
+    perturb: select random experts in some routes; for proofs.
     extra: more arguments of sglang.Engine, which win over these.
 
     Raises:
@@ -46,7 +48,7 @@ class EngineSettings:
     overlap: bool | None = None
     log_level: str = "warning"
     perturb: Perturbation | None = None
-    shared_memory: bool = False
+    shared_memory: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class EngineSettings:
             )
         if not isinstance(self.extra, Mapping):
             raise CaptureError(f"extra {show(self.extra)} is no mapping of SGLang's arguments")
-        for name, kind in (("radix_cache", bool), ("shared_memory", bool), ("overlap", bool | None)):
+        for name, kind in (("radix_cache", bool), ("shared_memory", bool | None), ("overlap", bool | None)):
             if not isinstance(getattr(self, name), kind):
                 raise CaptureError(f"{name} {show(getattr(self, name))} is neither True nor False")
         for name in ("dtype", "weight_version", "log_level"):
@@ -81,6 +83,14 @@ class EngineSettings:
     def is_flat(self) -> bool:
         """Whether replies have int32 ids of all decoder layers, and nothing that says what they belong to."""
         return self.routed_experts_format != "safetensors"
+
+    @property
+    def uses_shared_memory(self) -> bool:
+        """Whether routes are handed over in files: without a copy of them in the messages of the engine's processes."""
+        if self.shared_memory is not None:
+            return self.shared_memory
+        is_one_host = self.extra.get("nnodes", 1) == 1 and "routed_experts_dir" not in self.extra
+        return not self.is_flat and is_one_host and MEMORY.is_dir()
 
     def engine_arguments(self, *, gpu: bool) -> dict[str, Any]:
         """Return the keyword arguments of sglang.Engine."""
@@ -106,7 +116,6 @@ class EngineSettings:
             arguments |= {"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch"}
             # A scheduler that polls would take a core from the trainer that shares the machine.
             arguments |= {"mem_fraction_static": 0.1, "chunked_prefill_size": 256, "sleep_on_idle": True}
-        if self.perturb is not None or not gpu:
             arguments["disable_cuda_graph"] = True
         arguments["disable_overlap_schedule"] = not (gpu if self.overlap is None else self.overlap)
         return {**arguments, **self.extra}

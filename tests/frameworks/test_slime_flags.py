@@ -31,9 +31,11 @@ def engines(tmp_path: Path, worker_type: str = "regular", **overrides: Any) -> P
 def flags(path: Path, *more: str) -> list[str]:
     plug_in = "r3_adapter.frameworks.slime"
     return [
-        *("--custom-convert-samples-to-train-data-path", f"{plug_in}.convert", "--custom-megatron-init-path"),
-        *(f"{plug_in}.init", "--sglang-config", str(path), "--num-layers", "4", "--num-experts", "8"),
-        *("--moe-router-topk", "2", "--moe-layer-freq", "[0, 1, 1, 1]", "--lr", "1e-6", *more),
+        *("--custom-convert-samples-to-train-data-path", f"{plug_in}.convert"),
+        *("--custom-megatron-init-path", f"{plug_in}.init"),
+        *("--custom-generate-function-path", f"{plug_in}.generate", "--sglang-config", str(path)),
+        *("--num-layers", "4", "--num-experts", "8", "--moe-router-topk", "2"),
+        *("--moe-layer-freq", "[0, 1, 1, 1]", "--lr", "1e-6", *more),
     ]
 
 
@@ -49,6 +51,7 @@ def test_a_right_command_line(tmp_path: Path) -> None:
     [
         (["--use-rollout-routing-replay"], ReplayError, "--use-rollout-routing-replay is on"),
         (["--custom-megatron-init-path", "mine.init"], ReplayError, "--custom-megatron-init-path mine.init != r3_"),
+        (["--custom-generate-function-path", "r3_adapter.x"], ReplayError, "function-path r3_adapter.x != r3_"),
         (["--sglang-config", "/not/there"], ReplayError, "/not/there: not slime's configuration of engines"),
         (["--num-experts", "0"], ReplayError, r"num_experts \(0\) < 1"),
         (["--moe-layer-freq", "[1, 1]"], ReplayError, "moe_layer_freq"),
@@ -59,6 +62,20 @@ def test_a_right_command_line(tmp_path: Path) -> None:
 def test_a_wrong_one_is_refused(tmp_path: Path, more: list[str], error: type[R3Error], says: str) -> None:
     with pytest.raises(error, match=says):
         check_flags(flags(engines(tmp_path), *more))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_each_of_the_four_flags_is_missed(tmp_path: Path, number: int) -> None:
+    given = flags(engines(tmp_path))
+    missing, without = given[2 * number], given[: 2 * number] + given[2 * number + 2 :]
+    with pytest.raises(ReplayError, match=f"{missing} is missing"):
+        check_flags(without)
+
+
+def test_requests_of_the_users_own(tmp_path: Path) -> None:
+    given = flags(engines(tmp_path))
+    check_flags([*given[:4], *given[6:], "--rollout-function-path", "mine.rollout"])
+    check_flags([*given, "--custom-generate-function-path", "mine.generate"])
 
 
 def test_engines_that_do_not_answer_with_whole_routes(tmp_path: Path) -> None:
@@ -86,5 +103,5 @@ def test_the_dry_run_of_the_launch_script() -> None:
     assert "48 MoE layers of 48, 8 of 128 experts" in done.stdout and "tp=4, pp=1, vpp=1, cp=1, ep=8" in done.stdout
     assert "train.py" in done.stdout and "--lr 2e-6" in done.stdout.splitlines()[-2]
     refused = run("--use-routing-replay")
-    assert refused.returncode == 1 and "error: --use-routing-replay is on" in refused.stderr
+    assert refused.returncode == 2 and refused.stderr.startswith("slime: --use-routing-replay is on")
     assert "would run" not in refused.stdout

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from argparse import Namespace
+from dataclasses import make_dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from r3_adapter.errors import CaptureError, ReplayError, TraceError
 from r3_adapter.frameworks.rows import facts_of_arguments, from_int32, to_int32
 from r3_adapter.frameworks.slime.batches import traces_of
-from r3_adapter.frameworks.slime.rollout import ROUTES, convert, generate
+from r3_adapter.frameworks.slime.rollout import ROUTES, ask_for_routes, convert, generate
 from r3_adapter.trace import RoutingTrace
 
 LAYERS, EXPERTS, TOPK = 4, 300, 2
@@ -143,6 +144,17 @@ def test_generate_asks_for_routes(slimelike: ModuleType, monkeypatch: pytest.Mon
     args, sample = arguments(), slimelike.Sample([1], 0)
     assert asyncio.run(generate(args, sample, {"top_p": 1.0})) == (True, sample, {"top_p": 1.0})
     assert not args.use_rollout_routing_replay
+
+
+def test_an_engine_without_patches_is_refused(framework: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """slime would leave `routed_experts_format` out, and take the released engine's rows."""
+    engine = SimpleNamespace(__file__="server_args.py", ServerArgs=make_dataclass("ServerArgs", ["dtype"]))
+    monkeypatch.setitem(sys.modules, "sglang.srt.server_args", engine)
+    for run in (lambda: convert(arguments(), samples(framework)), lambda: ask_for_routes(arguments())):
+        with pytest.raises(ReplayError, match=r"server_args\.py: this SGLang is not patched"):
+            run()
+    engine.ServerArgs = make_dataclass("ServerArgs", [("routed_experts_format", str, "flat")])
+    convert(arguments(), samples(framework))
 
 
 def test_damage_on_the_way_is_seen() -> None:

@@ -17,13 +17,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.attach import attach, takes_routes
+from r3_adapter.megatron.backends import Backend
 from r3_adapter.megatron.reach import routed_live
-from r3_adapter.megatron.replay import Backend, ReplayBatch, StepInput, prepare_step
+from r3_adapter.megatron.replay import ReplayBatch, StepInput, prepare_step
 from r3_adapter.trace import RoutingTrace
 
 BACKEND: Backend = sys.argv[1]  # type: ignore[assignment]
 NUM = 3
-said: dict[str, Any] = {}
+said, told = tiny.said, tiny.told
 tiny.start()
 
 
@@ -118,15 +119,6 @@ def state(model: torch.nn.Module) -> list[Any]:
         )
         for each in model.modules()
     ]
-
-
-def told(name: str, call: Callable[[], object]) -> None:
-    """Keep what a call raises."""
-    try:
-        call()
-        said[name] = "done"
-    except Exception as error:
-        said[name] = f"{type(error).__name__}: {error}"
 
 
 def same_bits(name: str, wrap: Callable[[Any], Any], options: dict[str, Any], live: bool = False) -> None:

@@ -4,7 +4,6 @@ python attached_native.py
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import megatron_tiny as tiny
@@ -20,7 +19,7 @@ from r3_adapter.megatron.attach import Attached, attach
 from r3_adapter.megatron.replay import ReplayBatch, prepare
 from r3_adapter.trace import RoutingTrace
 
-said: dict[str, Any] = {}
+said, told = tiny.said, tiny.told
 tiny.start()
 torch.manual_seed(11)
 TOKENS = torch.randint(0, tiny.VOCAB, (tiny.BATCH, tiny.SEQ))  # Those of megatron_tiny.forward.
@@ -42,15 +41,6 @@ def traces(ids: Any = None) -> list[RoutingTrace]:
 def ready(model: torch.nn.Module, ids: Any = None, backend: Any = "native") -> ReplayBatch:
     """Prepare the micro-batch."""
     return prepare(model, traces(ids), TOKENS, layout=ParallelLayout(), backend=backend)
-
-
-def told(name: str, call: Callable[[], object]) -> None:
-    """Keep what a call raises."""
-    try:
-        call()
-        said[name] = "done"
-    except Exception as error:
-        said[name] = f"{type(error).__name__}: {error}"
 
 
 def whole_step(model: torch.nn.Module, **options: Any) -> None:

@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from r3_adapter.balance.budgets import budgets_of_routes
 from r3_adapter.errors import ReplayError
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.attach import attach
 from r3_adapter.megatron.batches import MicroBatch, micro_batches
-from r3_adapter.megatron.collectives import counted
-from r3_adapter.megatron.model import build_model, build_optimizer, initialize
-from r3_adapter.megatron.replay import ReplayBatch, StepInput, prepare_step, unwrapped
-from r3_adapter.megatron.request import TrainerOptions
-from r3_adapter.megatron.step import training_step
+from r3_adapter.megatron.layers import unwrapped
+from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
+from r3_adapter.megatron.policy_trainer.step import training_step
+from r3_adapter.megatron.replay import ReplayBatch, StepInput, prepare_step
+from r3_adapter.proof.collectives import counted
+from r3_adapter.proof.tiny import TinyModel
+from r3_adapter.repack import repack
 from r3_adapter.rollout import Sample
-from r3_adapter.tiny import TinyModel
 from r3_adapter.trace import RoutingTrace
 
 Steps = list[list[ReplayBatch]]
@@ -71,6 +74,10 @@ class Rank:
         hooks = attach(self.chunks, "patch", outside="refuse") if attached else None
         given = routes([StepInput(each.traces, each.tokens, each.packing) for each in self.batches])
         digest = hashlib.sha256()
+        received: list[int] = []
+        for name, module in (each for chunk in chunks for each in chunk.named_modules()):
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(lambda _, arguments: received.append(len(arguments[0])))
         with counted(self.chunks) as found:
             training_step(
                 self.chunks,
@@ -88,6 +95,7 @@ class Rank:
             "digest": digest.hexdigest(),
             "per_layer": found.in_layers / max(1, found.layers),
             "exchanges": found.count_exchanges,
+            "received": received,
             "why_not": [[each.plan.why_not for each in step] for step in given or []],
         }
 
@@ -133,6 +141,24 @@ def wrong_plans(rank: Rank, number: int) -> dict[str, Callable[[list[StepInput]]
     }
 
 
+def budgets(layout: ParallelLayout, options: TrainerOptions, number: int, device: torch.device) -> list[list[int]]:
+    """Return what this rank will receive in each layer of each micro-batch, from the routes of all ranks."""
+    size, qkv_format = options.micro_batch_size, options.qkv_format
+    ranks = range(layout.world_size)
+    steps = [
+        micro_batches(make_samples(), layout, rank, size=size, qkv_format=qkv_format, device=device) for rank in ranks
+    ]
+    routes = [
+        [
+            repack(each.traces, each.packing, layout, rank, layer_ids=range(TinyModel().num_layers))
+            for rank, each in zip(ranks, batches, strict=True)
+        ]
+        for batches in zip(*steps, strict=True)
+    ]
+    found: list[list[int]] = budgets_of_routes(routes, layout.ep).received[..., number % layout.ep].tolist()
+    return found
+
+
 def main(argv: Sequence[str]) -> None:
     """Run all cases."""
     folder, number = Path(argv[0]), int(argv[3])
@@ -150,6 +176,7 @@ def main(argv: Sequence[str]) -> None:
     if layout.world_size == 2 and options == TrainerOptions():
         cases.update(wrong_plans(rank, number))
     found: dict[str, Any] = {"attached": rank.step(rank.prepared, attached=True)}
+    found["budgets"] = budgets(layout, options, number, device)
     if options.megatron_arguments.get(OVERLAP):
         found["in turns"] = rank.step(rank.prepared, **{OVERLAP: False})
     for name, routes in cases.items():

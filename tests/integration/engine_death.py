@@ -10,9 +10,9 @@ import psutil
 from transformers import AutoTokenizer  # the first line of many scripts
 
 from r3_adapter.errors import CaptureError
+from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.sglang.engine import Engine
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE
 
 WRONG = ([[5, 10**6]], [[5, -1]], [[]], [[5] * 5000], [[True]], ["ab"], 5)
 

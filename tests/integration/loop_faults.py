@@ -16,18 +16,24 @@ import numpy as np
 import psutil
 import ray
 
+from r3_adapter.balance.table import by_chance
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import PolicyOptions
+from r3_adapter.megatron.policy_trainer.learning_rate import LearningRate
+from r3_adapter.megatron.policy_trainer.trainer import PolicyOptions
+from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.ray.cluster import cluster
+from r3_adapter.ray.console import begins, told
 from r3_adapter.ray.loop import Loop
 from r3_adapter.ray.options import LoopOptions
 from r3_adapter.rl.tasks import END
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE
+from r3_adapter.signals import say
 
 # The least that Ray takes.
 STORE_BYTES = 80 << 20
+# Of the run that meets the faults: what it is at a step must not depend on where the run was gone on with.
+RATE = LearningRate(1e-5, 1e-6, "linear", warmup_iters=4, decay_iters=20)
 FAULTS: dict[tuple[int, str], Callable[[Loop], None]] = {}
 
 
@@ -162,7 +168,7 @@ def options_of(checkpoint: Path, folder: Path, **more: Any) -> LoopOptions:
         folder=folder,
         checkpoint=checkpoint,
         layout=ParallelLayout.smallest(ep=2),
-        policy=PolicyOptions(replay="r3", lr=1e-5),
+        policy=PolicyOptions(replay="r3", lr=RATE),
         engine=EngineSettings(
             model_path=str(checkpoint),
             dtype="float32",
@@ -190,22 +196,35 @@ def damage(checkpoint: Path) -> None:
     path.write_bytes(data)
 
 
+def run(loop: Loop) -> None:
+    """Run it, and say on stderr what it does."""
+    say(begins(loop))
+    with told(loop, "loop"):
+        loop.run()
+
+
 def main(argv: Sequence[str]) -> None:
     checkpoint, folder = map(Path, argv)
+    # What the store spills is 160 MB: how full the machine's disk is beside that says nothing of the loop.
+    os.environ.setdefault("RAY_local_fs_capacity_threshold", "1")
+    # Experts lie elsewhere in the trainer than in the checkpoints and the engines.
+    placed = {"balance": "place", "placement": by_chance([0, 1], 8, seed=6).save(folder.with_name("placement"))}
     with cluster(object_store_bytes=STORE_BYTES):
-        Loop(options_of(checkpoint, folder, num_rollouts=10), observe).run()
+        evaluated = {"eval_interval": 5, "eval_prompts": 4, **placed}
+        run(Loop(options_of(checkpoint, folder, num_rollouts=10, **evaluated), observe))
         assert not FAULTS, FAULTS
         damage(folder / "checkpoints" / "00000010")
         (folder / "checkpoints" / "00000010.bak").mkdir()
         # Stopped, and gone on with, past the checkpoint that it began from.
-        Loop(options_of(checkpoint, folder, num_rollouts=20), observe).run()
+        run(Loop(options_of(checkpoint, folder, num_rollouts=20, **evaluated), observe))
         # Two turns, several conversations from one prompt at once.
         params = {"temperature": 1.0, "max_new_tokens": 40, "stop_token_ids": [END]}
-        turns = options_of(checkpoint, folder.with_name("turns"), num_rollouts=2, record=folder.with_name("kept"))
+        packed = {"balance": "pack", "micro_batch_size": 2, "record": folder.with_name("kept")}
+        turns = options_of(checkpoint, folder.with_name("turns"), num_rollouts=2, **packed)
         Loop(replace(turns, task="add", sampling_params=params)).run()
         # Rollouts of two turns that are ahead: weights come while they are under way.
-        ahead = options_of(checkpoint, folder.with_name("ahead"), num_rollouts=5)
-        policy = replace(ahead.policy, staleness="keep", lr=1e-6)
+        ahead = options_of(checkpoint, folder.with_name("ahead"), num_rollouts=5, balance="shuffle")
+        policy = replace(ahead.policy, staleness="keep", lr=LearningRate(1e-6))
         params = {**ahead.sampling_params, "max_new_tokens": 110}
         Loop(replace(ahead, lag=1, task="add", policy=policy, sampling_params=params)).run()
 

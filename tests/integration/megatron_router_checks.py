@@ -18,6 +18,8 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from r3_adapter.megatron.grouped_experts import group_experts
+
 Found = dict[str, torch.Tensor]
 
 all_routers = pytest.mark.parametrize("router", tiny.ROUTERS)
@@ -258,3 +260,18 @@ def test_router_compiles_into_one_graph(router: str, dtype: torch.dtype, dynamo:
         ):
             assert torch.equal(want, have)
     assert len(graphs) == 1
+
+
+def test_experts_that_compute_together_change_no_bit() -> None:
+    """In bfloat16, on processors with instructions for it; losses and all gradients."""
+    options = {"params_dtype": torch.bfloat16, "bf16": True}
+    given = {"routed_experts": tiny.random_experts()}
+    given["routed_experts"][0] = torch.tensor([2, 5])
+    alone = tiny.step(tiny.build(**options).bfloat16(), **given)
+    model = tiny.build(**options).bfloat16()
+    group_experts([model])
+    grouped = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert len(grouped) == tiny.MOE_LAYERS
+    together = tiny.step(model, **given)
+    different = [key for key in alone if not torch.equal(alone[key], together[key])]
+    assert different == [] or not torch.cpu._is_avx512_bf16_supported()

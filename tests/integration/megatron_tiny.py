@@ -4,7 +4,7 @@ T: tokens; L: decoder layers; M: MoE layers; K: experts a token; E: experts of a
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,19 @@ RECOMPUTE: Mapping[str, Mapping[str, Any]] = {
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe", "mlp"]},
 }
+
+
+said: dict[str, Any] = {}
+"""What became of each case of a script, which it prints last."""
+
+
+def told(name: str, call: Callable[[], object]) -> None:
+    """Keep what a call raises."""
+    try:
+        call()
+        said[name] = "done"
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
 
 
 def start() -> None:

@@ -11,10 +11,10 @@ import torch
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.batches import MicroBatch, micro_batches
-from r3_adapter.megatron.model import build_model, build_optimizer, initialize
+from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
+from r3_adapter.megatron.policy_trainer.step import Routes, forward, training_step
 from r3_adapter.megatron.replay import StepInput, prepare_step
-from r3_adapter.megatron.request import TrainerOptions
-from r3_adapter.megatron.step import Routes, forward, training_step
 from r3_adapter.rollout import load_samples
 
 Losses = list[torch.Tensor]

@@ -20,9 +20,10 @@ import torch
 
 from r3_adapter.layout import Packing, ParallelLayout, local_segments
 from r3_adapter.megatron.batches import MicroBatch, micro_batches
-from r3_adapter.megatron.model import build_optimizer, initialize
-from r3_adapter.megatron.replay import StepInput, moe_routers, prepare_step
-from r3_adapter.megatron.step import training_step
+from r3_adapter.megatron.layers import moe_routers
+from r3_adapter.megatron.policy_trainer.build import build_optimizer, initialize
+from r3_adapter.megatron.policy_trainer.step import training_step
+from r3_adapter.megatron.replay import StepInput, prepare_step
 from r3_adapter.repack import RankRoutes, collect
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
@@ -114,8 +115,8 @@ def build(layout: ParallelLayout, options: Mapping[str, Any]) -> torch.nn.Module
     )
     for router in routers(model).values():
         router.weight.data.mul_(10)
-        router.expert_bias += torch.linspace(-0.2, 0.2, EXPERTS)
-    return model
+        router.expert_bias += torch.linspace(-0.2, 0.2, EXPERTS).to(router.expert_bias.device)
+    return model.to(torch.cuda.current_device())
 
 
 def routers(model: torch.nn.Module) -> dict[int, Any]:
@@ -180,7 +181,7 @@ def own_traces(record: Record, samples: Sequence[Sample], layout: ParallelLayout
         # Of each call of a router; recomputation, if any, comes after the pass that it repeats.
         ids = [_calls(record.maps[layer])[index].nonzero()[:, 1].view(-1, TOPK) for layer in layers]
         shard = RankRoutes(
-            topk_ids=torch.stack(ids).to(torch.uint8).numpy(),
+            topk_ids=torch.stack(ids).to("cpu", torch.uint8).numpy(),
             row_versions=np.zeros(len(ids[0]), np.int32),
             weight_versions=("own",),
             layer_ids=np.array(layers, np.int32),
@@ -217,7 +218,7 @@ def different(want: Mapping[Any, Any], have: Mapping[Any, Any]) -> list[Any]:
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, list):
             return len(a) == len(b) and all(map(same, a, b))
-        return bool(a.numpy().tobytes() == b.numpy().tobytes())
+        return bool(a.cpu().numpy().tobytes() == b.cpu().numpy().tobytes())
 
     return [key for key in want if not same(want[key], have[key])]
 
@@ -226,6 +227,8 @@ def main(argv: Sequence[str]) -> None:
     """Run all steps, and compare."""
     layout, options, rank = ParallelLayout.smallest(**json.loads(argv[0])), json.loads(argv[1]), int(argv[3])
     device = initialize(layout, rank, f"file://{argv[2]}")
+    # A GPU's live step does not repeat itself without them.
+    torch.use_deterministic_algorithms(device.type == "cuda")
     (model,), _ = build_optimizer([build(layout, options)], distributed=False)
     rng = np.random.default_rng(0)
     samples = []

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.model import build_model, initialize
-from r3_adapter.megatron.request import TrainerOptions
+from r3_adapter.megatron.policy_trainer.build import build_model, initialize
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
 from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.stages import even_stages
 

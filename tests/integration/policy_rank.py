@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import Item, PolicyOptions, PolicyTrainer
-from r3_adapter.megatron.request import TrainerOptions
+from r3_adapter.megatron.policy_trainer.learning_rate import LearningRate
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
+from r3_adapter.megatron.policy_trainer.trainer import Item, PolicyOptions, PolicyTrainer
 from r3_adapter.rl.losses import Objective
 from r3_adapter.rollout import load_samples
 
@@ -20,10 +21,13 @@ from r3_adapter.rollout import load_samples
 def main(argv: Sequence[str]) -> None:
     request, rank = json.loads(Path(argv[0]).read_text(encoding="utf-8")), int(argv[1])
     layout, out = ParallelLayout(**request["layout"]), Path(request["out"])
+    more = request["options"]
+    if "lr" in more:
+        more["lr"] = LearningRate(more["lr"])
     options = PolicyOptions(
         objective=Objective(**request["objective"]),
         trainer=TrainerOptions(qkv_format="thd", **request["trainer"]),
-        **request["options"],
+        **more,
     )
     folder = Path(request["checkpoint"])
     trainer = PolicyTrainer(
@@ -42,15 +46,22 @@ def main(argv: Sequence[str]) -> None:
         shutil.rmtree(folder)
     samples = load_samples(Path(request["samples"]))
     items = [
-        Item(sample, advantage=(-1.0) ** index * (1 + index / 8), weight=request["weights"][index])
+        Item(sample, advantage=request["advantages"][index], weight=request["weights"][index])
         for index, sample in enumerate(samples)
     ]
     mine = items[layout.coords(rank).dp_rank :: layout.dp]
     size = request["micro_batch_size"]
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    if request["batches"] is not None:
+        batches = [[items[at] for at in batch] for batch in request["batches"][layout.coords(rank).dp_rank]]
     for step in range(request["num_steps"]):
         figures = trainer.step(batches, count_agreement=True)
         trainer.save(out / f"after {step + 1}")
+    if request["batches"] is not None:
+        for chunk in trainer.chunks:
+            for parameter in chunk.parameters():
+                parameter.data.copy_(parameter.main_grad)
+        trainer.export(out / "gradients")
     (out / f"{rank}.json").write_text(json.dumps(asdict(figures)), encoding="utf-8")
 
 

@@ -37,8 +37,7 @@ SETS = (
     "--position-embedding-type learned_absolute",
     "--position-embedding-type yarn",
     "--multi-latent-attention --position-embedding-type rope --no-rope-fusion --rope-type yarn",
-    f"{GROUPED} --disable-bias-linear --tensor-model-parallel-size 2 --sequence-parallel "
-    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --bf16",
+    f"{GROUPED} --disable-bias-linear --tp 2 --sequence-parallel --pp 2 --ep 2 --vpp 2 --bf16",
     f"{GROUPED} --mtp-num-layers 1 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     f"{GROUPED} --moe-router-score-function sigmoid --moe-router-num-groups 4 --recompute-granularity selective",
 )
@@ -95,7 +94,7 @@ def modules(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
     from megatron.training.models.gpt import GPTModelBuilder
 
     from r3_adapter.layout import ParallelLayout
-    from r3_adapter.megatron.model import initialize
+    from r3_adapter.megatron.policy_trainer.build import initialize
 
     built = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -16,9 +16,10 @@ import torch
 from r3_adapter.environment import environment
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.batches import micro_batches
-from r3_adapter.megatron.model import build_model, initialize
-from r3_adapter.megatron.replay import StepInput, moe_routers, prepare_step
-from r3_adapter.megatron.request import TrainerOptions
+from r3_adapter.megatron.layers import moe_routers
+from r3_adapter.megatron.policy_trainer.build import build_model, initialize
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
+from r3_adapter.megatron.replay import StepInput, prepare_step
 from r3_adapter.rollout import load_samples
 from r3_adapter.trace import RoutingTrace
 

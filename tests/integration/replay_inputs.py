@@ -11,7 +11,8 @@ import torch
 
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.agreement import agree
-from r3_adapter.megatron.replay import StepInput, moe_routers, prepare, prepare_step
+from r3_adapter.megatron.layers import moe_routers
+from r3_adapter.megatron.replay import StepInput, prepare, prepare_step
 from r3_adapter.repack import LastRow
 from r3_adapter.trace import ModelId, RoutingTrace
 

@@ -15,7 +15,8 @@ import torch
 from r3_adapter.errors import R3Error
 from r3_adapter.layout import Packing
 from r3_adapter.megatron.attach import attach
-from r3_adapter.megatron.replay import ReplayBatch, StepInput, moe_routers, prepare, prepare_step
+from r3_adapter.megatron.layers import moe_routers
+from r3_adapter.megatron.replay import ReplayBatch, StepInput, prepare, prepare_step
 from r3_adapter.trace import RoutingTrace
 
 SAMPLES, SEQ, LAYER_IDS = 3, tiny.SEQ, [1, 2, 3]

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r3_adapter import patching
-from r3_adapter.series import load_series
+from r3_adapter.patch import packages
+from r3_adapter.patch.series import load_series
 from r3_adapter.sglang.capture import computations_from_reply
 from r3_adapter.sglang.computation import Computation
 from r3_adapter.sglang.cpu import cpu_environment, has_gpu
@@ -146,11 +146,11 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
         torch.manual_seed(seed)
         config = Qwen3MoeConfig(**sizes, **heads, **experts, **more, dtype=torch.float32)
         Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Write one whose token 7 is the word t7, and a chat template of nothing but words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -165,12 +165,12 @@ def _write_tokenizer(folder: Path) -> None:
 
 def patched_site(folder: Path) -> Path | None:
     """Return a folder for PYTHONPATH with the patched SGLang; None if it is installed so."""
-    if all(found.state is patching.State.APPLIED for found in patching.status(["sglang"])):
+    if all(found.state is packages.State.APPLIED for found in packages.status(["sglang"])):
         return None
     installed = distribution("sglang")
     for name in sorted({file.parts[0] for file in installed.files or () if file.parts[0].startswith("sglang")}):
         shutil.copytree(Path(str(installed.locate_file(name))), folder / name, copy_function=os.symlink)
-    patching.apply(["sglang"], site=folder)
+    packages.apply(["sglang"], site=folder)
     return folder
 
 

@@ -19,8 +19,8 @@ from r3_adapter.errors import R3Error
 from r3_adapter.frameworks import slime
 from r3_adapter.frameworks.slime.rollout import ROUTES
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.model import build_model, build_optimizer, initialize
-from r3_adapter.megatron.request import TrainerOptions
+from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
 from r3_adapter.rollout import load_samples
 from r3_adapter.sglang.facts import ModelFacts
 

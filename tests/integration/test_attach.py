@@ -4,19 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from r3_adapter.patching import State
+from r3_adapter.patch.packages import State
 
 pytestmark = pytest.mark.megatron
 
 HERE = Path(__file__).parent
 AT_1 = "ReplayError: layer 1: backend 'native'"
-ANOTHER = "ReplayError: rank 0: chunk 0: layer 1: another replay is on: its RouterReplay has action"
+ANOTHER = "ReplayError: rank 0: chunk 0: layer 1: another replay is active: its RouterReplay has action"
 SAME = [
     *(f"recompute {each}{rows}" for each in ("none", "uniform", "block", "moe") for rows in ("", ", live rows")),
     "wrapper that drops the argument",
@@ -24,8 +24,8 @@ SAME = [
 ]
 NEXT = "rank 0: chunk 0, micro-batch"
 ERRORS = {
-    "two models in a chunk": "ReplayError: chunk 0: a ModuleList has no GPTModel inside, or several",
-    "no model": "ReplayError: chunk 0: a Linear has no GPTModel inside, or several",
+    "two models in a chunk": "ReplayError: chunk 0: a ModuleList has no GPTModel or HybridModel inside, or several",
+    "no model": "ReplayError: chunk 0: a Linear has no GPTModel or HybridModel inside, or several",
     "no sequence": "ReplayError: chunks: a GPTModel, not a sequence of model chunks",
     "a word": "ReplayError: backend 'nativ' is none of 'auto', 'patch', 'native'",
     "attached twice": "ReplayError: chunk 0: its GPTModel is attached already: detach it first",
@@ -114,19 +114,20 @@ NATIVE = {
 }
 
 
-def say(script: str, *arguments: str, tree: Path | None = None) -> dict[str, Any]:
+def say(script: str, *arguments: str, tree: Path) -> dict[str, Any]:
     """Run all cases of a script; tree: the Megatron to take in place of the installed one."""
     command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments]
-    env = {**os.environ, **({} if tree is None else {"PYTHONPATH": str(tree)})}
+    env = {**os.environ, "PYTHONPATH": str(tree)}
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, Any]:
+def said(tell: Callable[..., list[dict[str, Any]]]) -> dict[str, Any]:
     """What each case says where Megatron is patched."""
-    return say("attached.py", "auto")
+    (found,) = tell(["attached.py", "auto"])
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from r3_adapter.layout import ParallelLayout, QkvFormat
-from r3_adapter.megatron.request import PASSES, TrainerOptions
-from r3_adapter.megatron.trainer import score
-from r3_adapter.prove import damage
+from r3_adapter.megatron.policy_trainer.options import PASSES, TrainerOptions
+from r3_adapter.proof.damage import damage
+from r3_adapter.proof.scoring import score
+from r3_adapter.proof.verdict import judge
 from r3_adapter.rollout import Sample
 from r3_adapter.trace import RoutingTrace
-from r3_adapter.verdict import judge
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -90,7 +90,7 @@ def test_rows_without_a_route_between_others_are_routed_live(tmp_path: Path, qkv
     scores = score(tmp_path, samples, layout, options, passes=PASSES)
     verdict = judge(samples, scores, layout, options)
     assert verdict.failures == []
-    assert verdict.rows_expected == sum(LAYERS * (s.trace.num_tokens - 1 - len(tool)) for s in samples)
+    assert verdict.routes_expected == sum(LAYERS * (s.trace.num_tokens - 1 - len(tool)) for s in samples)
 
 
 def test_swapped_layers_are_noticed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.processes import run_together
-from r3_adapter.tiny import write_checkpoint
+from r3_adapter.proof.tiny import write_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -73,6 +73,15 @@ def test_a_plan_changes_no_bit_and_spares_an_exchange_in_each_layer(run: Callabl
             continue
         assert plan["per_layer"] == replay["per_layer"] - (not gathers) == live["per_layer"] - (not gathers)
     assert run("ep 2")[0]["plan"]["per_layer"] == 3
+
+
+def test_ranks_receive_as_many_tokens_as_their_budgets_say(run: Callable[[str], Ranks]) -> None:
+    """Of each layer and micro-batch, with padding: the rows that a rank's experts were really given."""
+    for rank in run("ep 2"):
+        counted = [tokens for batch in rank["budgets"] for tokens in batch]
+        assert rank["plan"]["received"] == rank["replay"]["received"] == counted
+        assert len(set(counted)) > 2
+        assert rank["live"]["received"] != counted
 
 
 WRONG = {

@@ -29,8 +29,8 @@ def test_the_caller_survives_its_engine(checkpoint: Path) -> None:
         "prompt 0: True at position 0 is no token id",
         "prompt 0: 'ab' is no sequence of token ids",
         "prompts: 5 is no sequence of prompts",
-        "sampling parameters: repetition_penalty 1.1 changes the distribution that tokens are scored in, which a "
-        "trainer does not repeat; only 1.0 leaves it alone",
+        "sampling parameters: repetition_penalty 1.1 changes the scored distribution, and a trainer cannot reproduce "
+        "that; only 1.0 is allowed",
         "SGLang refuses: ValueError: Requested token count exceeds the model's maximum context length of 2048 tokens",
     ]
     for line in found[9:11]:

@@ -1,10 +1,7 @@
 """Replay in the passes of Megatron-LM's RL loop: the policy's replay, all others do as they did."""
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +14,6 @@ from r3_adapter.errors import CaptureError, ReplayError, TraceError
 from r3_adapter.frameworks.megatron_rl import Recorded, Shape, check_arguments, take_recorded, trace_of_row
 from r3_adapter.trace import NOT_CAPTURED
 
-SCRIPT = Path(__file__).with_name("megatron_rl_passes.py")
 SHAPE = Shape(np.array([1, 3], np.int32), 8, 2)
 TURNS = ([5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11])
 
@@ -107,12 +103,8 @@ def test_arguments_that_lose_routes_are_refused(name: str, value: Any, said: str
 
 @pytest.mark.megatron
 @pytest.mark.skipif(find_spec("megatron") is None, reason="no Megatron-core")
-def test_the_policys_passes_replay_and_no_others() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+def test_the_policys_passes_replay_and_no_others(tell: Callable[..., list[dict[str, Any]]]) -> None:
+    (said,) = tell(["megatron_rl_passes.py"])
     total = said["policy"][1]
     for name in ("policy", "training", "training again"):
         assert said[name] == [total, total], name

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter.patching import State
+from r3_adapter.patch.packages import State
+from r3_adapter.patch.series import Series, write_upstream_tests
 from r3_adapter.processes import run_together
-from r3_adapter.series import Series, write_upstream_tests
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
@@ -44,6 +44,7 @@ def test_without_routes_it_computes_the_released_bits(trees: Mapping[State, Path
     assert released == patched
 
 
+@pytest.mark.slow
 def test_upstream_tests_of_the_series_pass(
     megatron_series: Series, trees: Mapping[State, Path], tmp_path: Path
 ) -> None:

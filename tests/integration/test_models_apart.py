@@ -1,15 +1,16 @@
 """Several models in one process, training, evaluation and replay interleaved: nothing of one reaches another."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from r3_adapter.processes import run_together
+from r3_adapter.proof.tiny import write_checkpoint
 from r3_adapter.rollout import Sample, save_samples
-from r3_adapter.tiny import write_checkpoint
 
 pytestmark = pytest.mark.engine
+RANK = {"OMP_NUM_THREADS": "1"}
 
 
 def test_interleaved_models_compute_what_they_compute_alone(
@@ -17,8 +18,5 @@ def test_interleaved_models_compute_what_they_compute_alone(
 ) -> None:
     write_checkpoint(tmp_path / "other", dtype="float32", seed=99)
     save_samples(tmp_path / "samples", perturbed[:4])
-    script = Path(__file__).with_name("models_apart.py")
     paths = [str(checkpoint), str(tmp_path / "other"), str(tmp_path / "samples"), str(tmp_path / "rendezvous")]
-    command = [sys.executable, str(script), *paths]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_together([[sys.executable, str(Path(__file__).with_name("models_apart.py")), *paths]], env=[RANK], timeout=300)

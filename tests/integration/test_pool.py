@@ -52,11 +52,13 @@ class Engine:
 
 
 class Pool(RolloutPool):
-    def __init__(self, folder: Path, num_engines: int, short_lives: int = 0) -> None:
+    def __init__(self, folder: Path, num_engines: int, short_lives: int = 0, idle_timeout: float = 60) -> None:
         self.events: Events = []
         self.log, self._short_lives, self._started = folder / "asked", short_lives, 0
         settings = EngineSettings("none")
-        super().__init__(settings, num_engines, "sort", {}, [[0]], timeout=60, idle_timeout=4, on_event=self._note)
+        super().__init__(
+            settings, num_engines, "sort", {}, [[0]], timeout=60, idle_timeout=idle_timeout, on_event=self._note
+        )
 
     def _note(self, kind: str, what: str) -> None:
         self.events.append((kind, what))
@@ -70,7 +72,9 @@ class Pool(RolloutPool):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def started() -> Iterator[None]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # Inside, temporary files are Ray's, and go with it: pytest's own folder is made before.
+    tmp_path_factory.getbasetemp()
     with cluster(num_cpus=8, object_store_bytes=80 << 20):
         yield
 
@@ -78,15 +82,16 @@ def started() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (HANGS, "engine 0: nothing done in 4 s"),
+        (HANGS, "engine 0: nothing done in 6 s"),
         (DIES, r"engine 0: ActorDiedError: its worker process has died\..*"),
-        (LOST, r"engine 0: EngineLost: process 7 of the engine has ended"),
+        (LOST, r"engine 0: process 7 of the engine has ended"),
     ],
 )
 def test_a_prompt_that_takes_down_its_engine_stops_the_run_and_no_other_is_blamed(
     kind: int, why: str, tmp_path: Path
 ) -> None:
-    pool = Pool(tmp_path, 2)
+    # Where no engine hangs, a busy machine must not look as if one did.
+    pool = Pool(tmp_path, 2, idle_timeout=6 if kind == HANGS else 60)
     # The even ones are the first engine's.
     groups = [Group(number, [kind if number == 4 else GOOD], 1) for number in range(6)]
     pool.submit(0, groups)
@@ -113,4 +118,4 @@ def test_an_engine_that_dies_by_itself_blames_no_prompt(tmp_path: Path) -> None:
     finally:
         pool.close()
     assert [kind for kind, _ in pool.events] == ["engine_restarted"] * 3
-    assert "; 10 prompts are asked again in 2 parts" in pool.events[0][1]
+    assert "; prompts asked again: 10, one half after the other" in pool.events[0][1]

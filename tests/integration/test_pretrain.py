@@ -39,7 +39,7 @@ LAYOUTS: Mapping[str, tuple[int, str]] = {
         "--mtp-num-layers 1 --mtp-loss-scaling-factor 0",
     ),
 }
-"""In whatever order, the samples fill one row of 960 tokens and a part of another."""
+"""In whatever order, the samples fill one sequence of 960 tokens and a part of another."""
 
 Scalars = dict[str, list[float]]
 
@@ -125,6 +125,7 @@ def test_without_replay_it_is_far_off(traces: Path, checkpoint: Path, perturbed:
     assert "r3 rows replayed" not in found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(traces: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Three steps an epoch and a half; the run stops in the second epoch."""
     arguments = "--r3 --train-iters 5 --global-batch-size 8 --expert-model-parallel-size 2"
@@ -166,6 +167,7 @@ def test_what_it_cannot_follow_is_refused(traces: Path, checkpoint: Path, argume
     assert re.search(message, done.stderr)
 
 
+@pytest.mark.slow
 def test_rollouts_of_the_loop_are_trained_on_as_the_docs_say(perturbed: list[Sample], tmp_path: Path) -> None:
     run, rollouts = tmp_path / "run", tmp_path / "rollouts"
     flags = "--num-rollout 1 --rollout-batch-size 4 --n-samples-per-prompt 4 --sft-steps 2"

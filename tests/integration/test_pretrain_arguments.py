@@ -51,10 +51,10 @@ CHANGES = {
     "--window-size": "window_size",
 }
 REFUSED = {
-    "--hybrid-layer-pattern": "does not hand routes on",
+    "--hybrid-layer-pattern": "this loop builds a GPTModel",
     "--moe-enable-routing-replay": "moe_enable_routing_replay (True) != False: it selects experts itself",
     "--mock-data": "samples are those of --r3-traces",
-    "--sft": "--dataloader-inter-document-masking packs samples into rows",
+    "--sft": "--dataloader-inter-document-masking packs samples",
     "--perform-rl-step": "train_rl.py",
     "--overlap-moe-expert-parallel-comm": "without the rollout's temperatures",
     "--openai-gelu": "builder of GPT models does not look at it",

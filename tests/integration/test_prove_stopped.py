@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.engine
 PROVE = [sys.executable, "-m", "r3_adapter.cli", "prove", "--ep", "2"]
 SECONDS = 240
-SCHEDULER, RANK = "sglang::scheduler", "r3_adapter.megatron.score"
+SCHEDULER, RANK = "sglang::scheduler", "r3_adapter.proof.scoring_rank"
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def children_once(process: psutil.Process, wanted: str) -> list[psutil.Process]:
     ("number", "wanted", "stage"), [(signal.SIGTERM, SCHEDULER, "rollout"), (signal.SIGKILL, RANK, "trainer")]
 )
 def test_nothing_is_left_of_a_proof_that_a_signal_ends(
-    temporary: Path, number: signal.Signals, wanted: str, stage: str
+    temporary: Path, abandoned: Callable[[], set[Path]], number: signal.Signals, wanted: str, stage: str
 ) -> None:
-    before = {path.name for path in Path("/dev/shm").glob("r3-*")}
+    before = abandoned()
     env = {**os.environ, "TMPDIR": str(temporary)}
     with subprocess.Popen(PROVE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as prove:
         children = children_once(psutil.Process(prove.pid), wanted)
@@ -60,7 +60,7 @@ def test_nothing_is_left_of_a_proof_that_a_signal_ends(
     while list(temporary.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert {path.name for path in Path("/dev/shm").glob("r3-*")} <= before
+    assert abandoned() <= before
     if number is not signal.SIGKILL:
         assert prove.returncode == 128 + number
         sentence = f"r3: stopped by {number.name} during the {stage}; nothing was saved: the same command begins anew"

@@ -1,9 +1,7 @@
 """What is wrong on one rank stops the step on all of them, with a message that says where: nobody is left waiting."""
 
-import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from r3_adapter.rollout import Sample, save_samples
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 
-SCRIPT = Path(__file__).with_name("replay_guards.py")
 OPTIONS = (
     "moe_router_force_load_balancing",
     "moe_expert_capacity_factor",
@@ -26,7 +23,7 @@ OPTIONS = (
 MESSAGES = {
     "another token": r"rank 1: TraceError: rank 1, micro-batch 1: .*sample 1.*position 5",
     "shifted by one": r"rank 1: TraceError: rank 1, micro-batch 1: .*sample 1.*position 0",
-    "too long": r"rank 1: LayoutError: rank 1, micro-batch 1: trace of \d+ tokens > room \(\d+\) of sample 1",
+    "too long": r"rank 1: LayoutError: rank 1, micro-batch 1: trace of \d+ tokens > padded length \(\d+\) of sample 1",
     "another layer map": r"rank 1, micro-batch 1: layer_ids \[1, .*\] of sample 1 != \[0, .*\] of sample 0",
     "fewer layers": r"rank 1, micro-batch 1: layer_ids \[0, .*\] of sample 1 != \[0, .*\] of sample 0",
     "fewer experts a token": r"sample 1: \(experts, top-k\) \(32, 3\) of its trace != \(32, 4\) of layer 0",
@@ -40,22 +37,14 @@ MESSAGES = {
 
 
 @pytest.fixture(scope="module")
-def said(checkpoint: Path, perturbed: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def said(
+    checkpoint: Path, perturbed: list[Sample], tell: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each case raised on each rank."""
     folder = tmp_path_factory.mktemp("guards")
     save_samples(folder / "samples", perturbed)
     arguments = [str(checkpoint), str(folder / "samples"), str(folder / "rendezvous")]
-    ranks = [
-        subprocess.Popen([sys.executable, str(SCRIPT), *arguments, str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        # Generous, and far below the half hour after which a collective gives up.
-        return [json.loads(rank.communicate(timeout=240)[0].splitlines()[-1]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    return tell(*(["replay_guards.py", *arguments, str(rank)] for rank in range(2)))
 
 
 def test_every_case_has_a_message(said: list[dict[str, Any]]) -> None:

@@ -1,18 +1,15 @@
 """Wrong uses of replay, on a real model: each is refused with the place and both operands, and nothing else happens."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.megatron
 
-SCRIPT = Path(__file__).with_name("replay_inputs.py")
 ZIGZAG = "replay expects Megatron's zigzag cut, where cp rank 0 of 2 has chunks 0 and 3 of 4 of each sample"
 PLACE = "rank 0, micro-batch: "
+NO_MODEL = "has no decoder layers: give prepare a GPTModel or a HybridModel, wrapped or not"
 FORMS = ("list", "tuple", "text", "text of a number", "number")
 RIGHT = ("right", "packed", "last row live", "last row balanced", "its model", "padded vocabulary", "right after all")
 RIGHT = (*RIGHT, *(f"moe_layer_freq, {form}" for form in FORMS))
@@ -49,8 +46,8 @@ MESSAGES = {
     "number for version": "ReplayError: weight_version: 3 is not a string, as the engine's names are",
     "another token": f"TraceError: {PLACE}token (5) of the trace of sample 0 at position 5 != 6 "
     "of the micro-batch at local row 10",
-    "not a model": "ReplayError: a Linear has no decoder layers: give prepare a GPTModel, wrapped or not",
-    "list of chunks": "ReplayError: a list has no decoder layers: give prepare a GPTModel, wrapped or not",
+    "not a model": f"ReplayError: a Linear {NO_MODEL}",
+    "list of chunks": f"ReplayError: a list {NO_MODEL}",
     "chunk for chunks": "ReplayError: rank 0: ReplayError: chunks: a GPTModel, not a sequence of model chunks",
     "no chunks": "ReplayError: rank 0: ReplayError: chunks: none of model chunks",
     "no micro-batches": "ReplayError: rank 0: ReplayError: micro_batches: none of StepInput",
@@ -79,11 +76,9 @@ MESSAGES = {
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, Any]:
+def said(tell: Callable[..., list[dict[str, Any]]]) -> dict[str, Any]:
     """What each use raised."""
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    (found,) = tell(["replay_inputs.py"])
     return found
 
 

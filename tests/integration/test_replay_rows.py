@@ -1,16 +1,12 @@
 """A padded batch of several samples: Megatron's rows are s * b + i, and each row uses the experts of its own token."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.megatron
 
-SCRIPT = Path(__file__).with_name("replay_rows.py")
 ORDER = (
     "its input_ids are (3, 16), so that Megatron's rows are s * 3 + i, and its routes are in the order of a packed "
     "batch [1, t], sample by sample: prepare them with the packing of what the model gets"
@@ -18,11 +14,9 @@ ORDER = (
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, Any]:
+def said(tell: Callable[..., list[dict[str, Any]]]) -> dict[str, Any]:
     """What the routers of a model had and used."""
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    (found,) = tell(["replay_rows.py"])
     return found
 
 

@@ -1,16 +1,12 @@
 """Models that somebody else has changed: where routes would not reach the routers, the step stops and says where."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.megatron
 
-SCRIPT = Path(__file__).with_name("replay_swallowed.py")
 METHODS = {
     "model": "GPTModel.forward",
     "block": "TransformerBlock.forward",
@@ -81,11 +77,9 @@ UNCHANGED = ("bits after the first pass", "generator", "mode")
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, Any]:
+def said(tell: Callable[..., list[dict[str, Any]]]) -> dict[str, Any]:
     """Where each model was stopped, and why."""
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    (found,) = tell(["replay_swallowed.py"])
     return found
 
 

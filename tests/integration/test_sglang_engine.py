@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r3_adapter import patching
 from r3_adapter.errors import CaptureError
+from r3_adapter.patch import packages
+from r3_adapter.patch.series import load_series, write_upstream_tests
 from r3_adapter.processes import run_together
+from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.rollout import Sample, save_samples
-from r3_adapter.series import load_series, write_upstream_tests
 from r3_adapter.sglang.capture import payload_of
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess, samples_of
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE
 from r3_adapter.trace import RoutingTrace
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -55,7 +55,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     installed = distribution("sglang")
     folders = sorted({file.parts[0] for file in installed.files or () if file.parts[0].startswith("sglang")})
     sites = {}
-    for name, move in (("released", patching.revert), ("patched", patching.apply)):
+    for name, move in (("released", packages.revert), ("patched", packages.apply)):
         sites[name] = tmp_path_factory.mktemp(name)
         for folder in folders:
             source = Path(str(installed.locate_file(folder)))

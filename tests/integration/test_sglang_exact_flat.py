@@ -80,8 +80,8 @@ def _refused(server: Server, path: str, body: Any) -> str:
 def test_samples_of_one_prompt(server: Server, length: int) -> None:
     (prompt,) = make_prompts(1, [length])
     traces = [_check(server, reply, prompt) for reply in server.ask([prompt] * 8, 24)]
-    last = {trace.topk_ids[length - 1].tobytes() for trace in traces}
-    assert len(last) > 1, "the samples computed the last prompt token alike: nothing was proved"
+    # A row fares alike in every batch, so those of the prompt are the same; each sample goes on as its own tokens do.
+    assert len({trace.topk_ids.tobytes() for trace in traces}) > 1, "all samples are the same: nothing was proved"
 
 
 def test_a_prompt_of_several_chunks_twice(server: Server) -> None:

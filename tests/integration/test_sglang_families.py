@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from r3_adapter.processes import run_together
+from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.rollout import Sample, load_samples
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
 sglang = importlib.util.module_from_spec(SPEC)

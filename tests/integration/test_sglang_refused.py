@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
 sglang = importlib.util.module_from_spec(SPEC)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.sglang.engine import generate_over_http
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import ENGINE
 from r3_adapter.watchdog import MEMORY
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.processes import run_together
+from r3_adapter.proof.verdict import MAX_REPLAY, MIN_LIVE
 from r3_adapter.rollout import Sample, save_samples
-from r3_adapter.verdict import MAX_REPLAY, MIN_LIVE
 
 pytestmark = [pytest.mark.engine, pytest.mark.megatron]
 

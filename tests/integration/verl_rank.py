@@ -31,8 +31,8 @@ from verl.workers.utils.padding import no_padding_2_padding  # noqa: E402
 from r3_adapter.errors import ReplayError  # noqa: E402
 from r3_adapter.frameworks.verl.sealed import seal  # noqa: E402
 from r3_adapter.layout import ParallelLayout  # noqa: E402
-from r3_adapter.megatron.model import build_model, build_optimizer, initialize  # noqa: E402
-from r3_adapter.megatron.request import TrainerOptions  # noqa: E402
+from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize  # noqa: E402
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions  # noqa: E402
 from r3_adapter.rollout import Sample, load_samples  # noqa: E402
 from r3_adapter.sglang.facts import ModelFacts  # noqa: E402
 

@@ -22,9 +22,9 @@ from transformers import AutoConfig  # noqa: E402
 from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpServer  # noqa: E402
 
 from r3_adapter.frameworks.verl.sealed import unseal  # noqa: E402
+from r3_adapter.proof.tiny import ENGINE  # noqa: E402
 from r3_adapter.sglang.facts import ModelFacts  # noqa: E402
 from r3_adapter.sglang.settings import EngineSettings  # noqa: E402
-from r3_adapter.tiny import ENGINE  # noqa: E402
 
 PROMPTS = [[5, 9, 200, 31], [7] * 20, [400, 3, 8]]
 STEP = 70_001

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from r3_adapter import patching
-from r3_adapter.rebase.table import END, START
+from r3_adapter.patch import packages
+from r3_adapter.patch.rebase.table import END, START
 
 DiffTrees = Callable[[Mapping[str, bytes], Mapping[str, bytes]], bytes]
 
@@ -120,5 +120,5 @@ def make_pins(folder: Path, diff_trees: DiffTrees) -> Path:
         "# Patches\n\n| Patch | Pins |\n| --- | --- |\n| engine `0001-capture-Add-a-capturer.patch` | 1.0 | why |\n"
         f"| engine `0002-capture-Keep-slots.patch` | 1.0 | why |\n\n{START}\n{END}\n"
     )
-    patching.lock("engine", "1.0", site=site, root=root)
+    packages.lock("engine", "1.0", site=site, root=root)
     return root

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from r3_adapter import patching
-from r3_adapter.git import Repo, init_repo
-from r3_adapter.patching import State
-from r3_adapter.series import Series, load_series
+from r3_adapter.patch import packages
+from r3_adapter.patch.git import Repo, init_repo
+from r3_adapter.patch.packages import State
+from r3_adapter.patch.series import Series, load_series
 
 DiffTrees = Callable[[Mapping[str, bytes], Mapping[str, bytes]], bytes]
 Snapshot = dict[str, tuple[int, bytes]]
@@ -89,13 +89,13 @@ class World:
         return load_series(self.root)
 
     def states(self) -> list[State]:
-        return [found.state for found in patching.status(site=self.site, root=self.root)]
+        return [found.state for found in packages.status(site=self.site, root=self.root)]
 
-    def apply(self, *names: str) -> list[patching.Outcome]:
-        return patching.apply(names, site=self.site, root=self.root)
+    def apply(self, *names: str) -> list[packages.Outcome]:
+        return packages.apply(names, site=self.site, root=self.root)
 
-    def revert(self, *names: str) -> list[patching.Outcome]:
-        return patching.revert(names, site=self.site, root=self.root)
+    def revert(self, *names: str) -> list[packages.Outcome]:
+        return packages.revert(names, site=self.site, root=self.root)
 
 
 def make_world(folder: Path, diff_trees: DiffTrees) -> World:
@@ -115,8 +115,8 @@ def make_world(folder: Path, diff_trees: DiffTrees) -> World:
     world.add_patch("alpha/1.0", "0002-whole.patch", half, {**ALPHA_NEW, **test})
     upstream = [{f"python/{path}": data for path, data in files.items()} for files in (BETA_OLD, BETA_NEW)]
     world.add_patch("beta/2.0", "0001-beta.patch", *upstream)
-    patching.lock("alpha", "1.0", site=world.site, root=world.root)
-    patching.lock("Beta", "2.0", site=world.site, root=world.root)
+    packages.lock("alpha", "1.0", site=world.site, root=world.root)
+    packages.lock("Beta", "2.0", site=world.site, root=world.root)
     return world
 
 
@@ -150,5 +150,5 @@ def other_series(world: World, root: Path) -> World:
         released.install("alpha", "1.0", ALPHA_OLD)
         (root / "upstream.lock.toml").write_text('[alpha]\nprefix = ""\npackage = "alpha/core"\n')
         other.add_patch("alpha/1.0", "0001-other.patch", ALPHA_OLD, new)
-        patching.lock("alpha", "1.0", site=released.site, root=root)
+        packages.lock("alpha", "1.0", site=released.site, root=root)
     return other

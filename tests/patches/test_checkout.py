@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import checkout, cli
-from r3_adapter.checkout import TreeOutcome, TreeState
+from r3_adapter import cli
 from r3_adapter.errors import PatchError
-from r3_adapter.git import Repo
+from r3_adapter.patch import checkout
+from r3_adapter.patch.checkout import TreeOutcome, TreeState
+from r3_adapter.patch.git import Repo
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -252,7 +253,7 @@ def test_a_failure_on_the_way_puts_all_back(tree: Repo, world: World, monkeypatc
 def test_command_line(
     tree: Repo, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("r3_adapter.series.patches_root", lambda: world.root)
+    monkeypatch.setattr("r3_adapter.patch.series.patches_root", lambda: world.root)
 
     def r3(verb: str, *args: str) -> tuple[int, str, str]:
         code = cli.main(["patch", verb, *args, "--source", str(tree.top)])

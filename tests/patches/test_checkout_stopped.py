@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import checkout
-from r3_adapter.checkout import TreeState
 from r3_adapter.errors import PatchError
-from r3_adapter.git import Repo, open_repo
-from r3_adapter.moving import was_stopped
+from r3_adapter.patch import checkout
+from r3_adapter.patch.checkout import TreeState
+from r3_adapter.patch.git import Repo, open_repo
+from r3_adapter.patch.moving import was_stopped
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.errors import PatchError
-from r3_adapter.git import (
+from r3_adapter.patch.git import (
     IDENTITY,
     Repo,
     check_quiet,
@@ -18,11 +18,12 @@ from r3_adapter.git import (
     open_repo,
     read_tree,
 )
-from r3_adapter.gittree import apply_three_way, tree_of_release
-from r3_adapter.installed import State
-from r3_adapter.patching import status
-from r3_adapter.release import base_of
-from r3_adapter.series import digest, read_patches
+from r3_adapter.patch.gittree import commit_steps, plant
+from r3_adapter.patch.installed import State
+from r3_adapter.patch.packages import status
+from r3_adapter.patch.release import base_of, release_files
+from r3_adapter.patch.series import digest, patches_root, read_lock, read_patches
+from r3_adapter.patch.threeway import fit, paths_of
 
 
 def a_repo(folder: Path) -> Repo:
@@ -44,14 +45,22 @@ def test_the_series_is_commits_on_the_release(tmp_path: Path) -> None:
     if found.series is None or found.state not in (State.APPLIED, State.NOT_APPLIED):
         pytest.skip(f"megatron-core is {found.state}")
     series, patches = found.series, read_patches(found.series)
-    repo = tree_of_release(series.distribution, series.version, tmp_path / "a tree")
+    table = read_lock(patches_root())[series.distribution]
+    files = release_files(series.distribution, series.version, table["prefix"], table["package"])
+    repo = plant(tmp_path / "a tree", files, "as released\n")
     before = read_tree(repo, repo.head, [series.prefix + path for path in series.files])
     assert {path: digest(before[series.prefix + path]) for path in series.files} == {
         path: pin.before for path, pin in series.files.items()
     }
     base, missing = base_of(series, patches, repo)
     assert missing == ""
-    assert apply_three_way(repo, series, base) == []
+    found = fit(patches, read_tree(repo, repo.head, paths_of(patches)), base)
+    assert found.conflicts == []
+    head = repo.head
+    with commits_on(repo, head) as stack:
+        commit_steps(stack, series, found)
+        repo.git("read-tree", "-m", "-u", head, stack.top)
+        repo.git("update-ref", "HEAD", stack.top, head)
     check_quiet(repo)
     after = read_tree(repo, repo.head, [series.prefix + path for path in series.files])
     assert {path: digest(after[series.prefix + path]) for path in series.files} == {
@@ -152,5 +161,5 @@ def test_no_tree_no_commit_and_what_is_not_committed_are_refused(tmp_path: Path)
     with pytest.raises(PatchError, match="a bare repository, or a folder of git's own"):
         open_repo(repo.folder)
     (repo.top / "a.py").write_text("a = 2\n")
-    with pytest.raises(PatchError, match=r"not committed: a\.py; commit or stash"):
+    with pytest.raises(PatchError, match=r"not committed: a\.py; commit them first"):
         check_quiet(repo)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import checkout
-from r3_adapter.checkout import TreeOutcome
 from r3_adapter.errors import PatchError
-from r3_adapter.holds import check
-from r3_adapter.names import undefined_names
+from r3_adapter.patch import checkout
+from r3_adapter.patch.checkout import TreeOutcome
+from r3_adapter.patch.holds import check
+from r3_adapter.patch.names import undefined_names
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)

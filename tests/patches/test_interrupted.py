@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import patching
 from r3_adapter.errors import PatchError
-from r3_adapter.patching import State
+from r3_adapter.patch import packages
+from r3_adapter.patch.packages import State
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -114,9 +114,9 @@ def test_a_stopped_change_is_repaired_by_another_series(world: World, tmp_path: 
 
 def test_status_says_what_happened_and_what_to_run(world: World) -> None:
     (world.site / "alpha/core/a.py").write_bytes(made.ALPHA_NEW["alpha/core/a.py"])
-    (found,) = patching.status(["alpha"], site=world.site, root=world.root)
+    (found,) = packages.status(["alpha"], site=world.site, root=world.root)
     paths = "alpha/core/dos.py, alpha/core/gone.py, alpha/core/new/deep.py and 1 other"
-    assert patching.explain(found) == (
+    assert packages.explain(found) == (
         f"alpha 1.0: half applied: stopped on the way; patched: alpha/core/a.py; not patched: {paths};"
         " `r3 patch apply` completes it, `r3 patch revert` takes it back"
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import patching, series
 from r3_adapter.errors import PatchError
-from r3_adapter.series import read_patches, write_upstream_tests
+from r3_adapter.patch import packages, series
+from r3_adapter.patch.series import read_patches, write_upstream_tests
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -22,7 +22,7 @@ def test_lock_refuses_what_is_not_as_released(world: World) -> None:
 
     def refused(message: str, version: str = "1.0") -> None:
         with pytest.raises(PatchError, match=message):
-            patching.lock("alpha", version, site=world.site, root=world.root)
+            packages.lock("alpha", version, site=world.site, root=world.root)
         assert (world.root / "upstream.lock.toml").read_bytes() == lock_file
 
     refused(r"installed version \(1\.0\) != version to lock \(1\.1\)", "1.1")
@@ -33,14 +33,14 @@ def test_lock_refuses_what_is_not_as_released(world: World) -> None:
     (world.site / "alpha/core/new/deep.py").write_bytes(b"mine\n")
     refused(r"alpha/core/new/deep\.py: not as released")
     shutil.rmtree(world.site / "alpha/core/new")
-    patching.lock("alpha", "1.0", site=world.site, root=world.root)
+    packages.lock("alpha", "1.0", site=world.site, root=world.root)
     assert (world.root / "upstream.lock.toml").read_bytes() == lock_file
 
 
 def test_lock_refuses_a_series_out_of_order(world: World) -> None:
     def refused(message: str) -> None:
         with pytest.raises(PatchError, match=message):
-            patching.lock("beta", "2.0", site=world.site, root=world.root)
+            packages.lock("beta", "2.0", site=world.site, root=world.root)
 
     def patch(new: Mapping[str, bytes]) -> None:
         shutil.rmtree(world.root / "beta")
@@ -100,7 +100,7 @@ def test_upstream_tests_are_written_but_not_installed(world: World, tmp_path: Pa
 
 
 def test_series_are_found_beside_a_checkout_and_inside_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(series, "__file__", str(tmp_path / "r3_adapter/series.py"))
+    monkeypatch.setattr(series, "__file__", str(tmp_path / "r3_adapter/patch/series.py"))
     assert series.patches_root() == tmp_path / "patches"
     (tmp_path / "r3_adapter/patches").mkdir(parents=True)
     assert series.patches_root() == tmp_path / "r3_adapter/patches"

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r3_adapter.errors import PatchError
-from r3_adapter.patchfile import FileDiff, apply_diff, read_patch, trailers
+from r3_adapter.patch.patchfile import FileDiff, apply_diff, read_patch, trailers
 
 DiffTrees = Callable[[Mapping[str, bytes], Mapping[str, bytes]], bytes]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import cli, patching, transaction
+from r3_adapter import cli
 from r3_adapter.errors import PatchError
-from r3_adapter.patching import State
+from r3_adapter.patch import packages, transaction
+from r3_adapter.patch.packages import State
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -48,7 +49,7 @@ def test_second_time_does_nothing_and_needs_no_write_access(world: World, monkey
         move()
         times = {path: path.stat().st_mtime_ns for path in world.site.rglob("*")}
         with monkeypatch.context() as context:
-            context.delattr(patching, "exclusive")
+            context.delattr(packages, "exclusive")
             assert [outcome.changed for outcome in move()] == [(), ()]
         assert {path: path.stat().st_mtime_ns for path in world.site.rglob("*")} == times
 
@@ -141,7 +142,7 @@ def test_unknown_names_and_empty_sites_are_errors(world: World, tmp_path: Path) 
     with pytest.raises(PatchError, match=r"gamma: no such distribution .* only alpha, beta"):
         world.apply("gamma")
     with pytest.raises(PatchError, match="not a folder"):
-        patching.apply(site=tmp_path / "nowhere", root=world.root)
+        packages.apply(site=tmp_path / "nowhere", root=world.root)
     world.uninstall("beta")
     assert [outcome.distribution for outcome in world.apply()] == ["alpha"]
     world.uninstall("alpha")
@@ -155,7 +156,7 @@ def test_series_is_picked_by_installed_version(world: World) -> None:
     world.install("beta", "3.0", other)
     upstream = {"python/beta/b.py": b"b = 10\n"}
     world.add_patch("beta/3.0", "0001-beta.patch", upstream, {"python/beta/b.py": b"b = 30\n"})
-    patching.lock("beta", "3.0", site=world.site, root=world.root)
+    packages.lock("beta", "3.0", site=world.site, root=world.root)
     assert [series.version for series in world.pins()["beta"]] == ["2.0", "3.0"]
     world.apply()
     assert_holds(world.site, {"beta/b.py": b"b = 30\n"})
@@ -204,7 +205,7 @@ def test_two_at_once_do_the_work_once(world: World) -> None:
 
 
 def test_command_line(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(patching, "patches_root", lambda: world.root)
+    monkeypatch.setattr(packages, "patches_root", lambda: world.root)
 
     def r3(*args: str) -> tuple[int, str, str]:
         code = cli.main(["patch", *args, "--site", str(world.site)])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter.series import load_series
+from r3_adapter.patch.series import load_series
 
 REPO = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("r3_launch_pins", REPO / "launch/pins.py")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter.rebase.breaks import find_breaks
-from r3_adapter.rebase.sides import Side, make_side
-from r3_adapter.rebase.tree import as_patched
-from r3_adapter.release import release_files
-from r3_adapter.series import Contents, Series, read_patches
+from r3_adapter.patch.rebase.breaks import find_breaks
+from r3_adapter.patch.rebase.sides import Side, make_side
+from r3_adapter.patch.rebase.tree import as_patched
+from r3_adapter.patch.release import release_files
+from r3_adapter.patch.series import Contents, Series, read_patches
 
 pytestmark = pytest.mark.megatron
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import patching
 from r3_adapter.cli import main
 from r3_adapter.errors import PatchError
-from r3_adapter.rebase import command
-from r3_adapter.rebase.table import rows
-from r3_adapter.series import load_series, read_patches
-from r3_adapter.wheels import wheel_files
+from r3_adapter.patch import packages
+from r3_adapter.patch.rebase import command
+from r3_adapter.patch.rebase.table import rows
+from r3_adapter.patch.series import load_series, read_patches
+from r3_adapter.patch.wheels import wheel_files
 
 SPEC = importlib.util.spec_from_file_location("made_engine", Path(__file__).with_name("made_engine.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -66,7 +66,7 @@ def test_a_clean_release_is_pinned(rebase: Rebase, root: Path, tmp_path: Path) -
     assert [(row.version, row.state) for row in rows(root / "README.md")] == [("1.1", "pinned")]
     with zipfile.ZipFile(tmp_path / "new/engine-1.1-py3-none-any.whl") as wheel:
         wheel.extractall(tmp_path / "fresh")
-    patching.apply(["engine"], site=tmp_path / "fresh", root=root)
+    packages.apply(["engine"], site=tmp_path / "fresh", root=root)
     text = (tmp_path / "fresh/engine/scheduler.py").read_text()
     assert text == files["engine/scheduler.py"].replace(*made.HOOKS[0]).replace(*made.HOOKS[1])
     assert old.files.keys() == new.files.keys()
@@ -183,7 +183,7 @@ def test_a_shared_patch_that_is_mended_is_mended_for_all(rebase: Rebase, root: P
     for version in ("1.0", "1.1"):
         assert before[version]["engine/capture.py"] != after[version]["engine/capture.py"]
         assert before[version]["engine/scheduler.py"] == after[version]["engine/scheduler.py"]
-    patching.apply(["engine"], site=tmp_path / "site", root=root)
+    packages.apply(["engine"], site=tmp_path / "site", root=root)
     assert "batch.loc + 1" in (tmp_path / "site/engine/capture.py").read_text()
 
 

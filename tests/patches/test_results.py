@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.errors import PatchError
-from r3_adapter.rebase.results import RESULTS, cell_of, put_result, read_results
-from r3_adapter.rebase.table import Row, put_row, rows, write_rows
-from r3_adapter.series import load_series, patches_root, read_lock, write_lock
+from r3_adapter.patch.rebase.results import RESULTS, cell_of, put_result, read_results
+from r3_adapter.patch.rebase.table import Row, rows, write_rows
+from r3_adapter.patch.series import load_series, patches_root, read_lock, write_lock
 
 SPEC = importlib.util.spec_from_file_location("made_engine", Path(__file__).with_name("made_engine.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -26,8 +26,8 @@ FOUND = {
 @pytest.fixture
 def root(tmp_path: Path, diff_trees) -> Path:
     root = made.make_pins(tmp_path, diff_trees)
-    put_row(root / "README.md", Row("engine", "1.0", "pinned", "not run", "2026-01-05"))
-    put_row(root / "README.md", Row("engine", "1.1", "conflicts: 1 of 1 hunks", "not run", "2026-01-05"))
+    write_rows(root / "README.md", Row("engine", "1.0", "pinned", "not run", "2026-01-05"))
+    write_rows(root / "README.md", Row("engine", "1.1", "conflicts: 1 of 1 hunks", "not run", "2026-01-05"))
     return root
 
 
@@ -41,7 +41,7 @@ def test_the_table_says_what_passed_beside_what(root: Path) -> None:
     assert (row(root).tests, row(root).day) == ("passed: tests, prove (torch 2.0, Python 3.11)", "2026-01-06")
     failed = {**FOUND, "steps": {**FOUND["steps"], "prove": {"passed": False, "seconds": 1.0}}}
     put_result(root, failed)
-    put_row(root / "README.md", Row("engine", "1.0", "pinned", "3 passed", "2026-01-07"))
+    write_rows(root / "README.md", Row("engine", "1.0", "pinned", "3 passed", "2026-01-07"))
     assert row(root).tests == "failed: prove; passed: tests (torch 2.0, Python 3.11)"
     assert [each.tests for each in rows(root / "README.md")[1:]] == ["not run"]
     assert len((root / RESULTS).read_text().splitlines()) == 1

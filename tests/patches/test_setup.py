@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from r3_adapter import patching
-from r3_adapter.patching import State
-from r3_adapter.record import record_path
-from r3_adapter.series import load_series
+from r3_adapter.patch import packages
+from r3_adapter.patch.packages import State
+from r3_adapter.patch.record import record_path
+from r3_adapter.patch.series import load_series
 
 REPO = Path(__file__).parents[2]
 ENGINES = ("sglang", "megatron-core")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.megatron
 def write_wheel(name: str, folder: Path, wheels: Path) -> str:
     """Make a wheel of the released files that the series touches; return its requirement."""
     installed = importlib.metadata.distribution(name)
-    (found,) = patching.status([name])
+    (found,) = packages.status([name])
     site = folder / name
     for path in (record_path(Path(), name), *found.contents):
         if (found.site / path).exists():
@@ -37,7 +37,7 @@ def write_wheel(name: str, folder: Path, wheels: Path) -> str:
     (site / info).mkdir()
     (site / info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {installed.version}\n")
     (site / info / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: r3\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-    patching.revert([name], site=site)
+    packages.revert([name], site=site)
     files = [path for path in site.rglob("*") if path.is_file()]
     (site / info / "RECORD").write_text(
         "".join(f"{path.relative_to(site)},,\n" for path in files) + f"{info}/RECORD,,\n"
@@ -48,7 +48,7 @@ def write_wheel(name: str, folder: Path, wheels: Path) -> str:
     return f"{name}=={installed.version}"
 
 
-KNOWN = all(found.state not in (State.NOT_PINNED, State.NOT_INSTALLED) for found in patching.status(ENGINES))
+KNOWN = all(found.state not in (State.NOT_PINNED, State.NOT_INSTALLED) for found in packages.status(ENGINES))
 
 
 @pytest.mark.skipif(not KNOWN, reason="other engines are installed")
@@ -68,7 +68,7 @@ def test_engines_are_patched_from_any_state(tmp_path: Path) -> None:
 
     def patch() -> str:
         ran = subprocess.run(["bash", "-c", script], env=env, check=True, capture_output=True, text=True)
-        assert [found.state for found in patching.status(ENGINES, site=site)] == [State.APPLIED, State.APPLIED]
+        assert [found.state for found in packages.status(ENGINES, site=site)] == [State.APPLIED, State.APPLIED]
         return ran.stderr
 
     assert "installing the engines again" in patch()  # there were none

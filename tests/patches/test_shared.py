@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import patching, series
 from r3_adapter.errors import PatchError
-from r3_adapter.patching import State
-from r3_adapter.series import SHARED, read_patches, unlisted, write_upstream_tests
+from r3_adapter.patch import packages, series
+from r3_adapter.patch.packages import State
+from r3_adapter.patch.series import SHARED, read_patches, unlisted, write_upstream_tests
 
 SPEC = importlib.util.spec_from_file_location("patched_world", Path(__file__).with_name("patched_world.py"))
 made = importlib.util.module_from_spec(SPEC)
@@ -36,7 +36,7 @@ def shared(world: World) -> World:
 
 
 def lock(world: World) -> series.Series:
-    return patching.lock("alpha", "1.0", site=world.site, root=world.root)
+    return packages.lock("alpha", "1.0", site=world.site, root=world.root)
 
 
 def test_a_shared_patch_is_applied_verified_and_taken_back(shared: World, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_two_versions_have_the_same_bytes(shared: World) -> None:
     shared.install("alpha", "1.1", newer)
     shared.add_patch("alpha/1.1", "0002-hook.patch", newer, HOOKED)
     write_series(shared, f"../{SHARED}/0001-substance.patch", "0002-hook.patch", version="1.1")
-    patching.lock("alpha", "1.1", site=shared.site, root=shared.root)
+    packages.lock("alpha", "1.1", site=shared.site, root=shared.root)
     one, other = shared.pins()["alpha"]
     assert read_patches(one)[0] == read_patches(other)[0]
     assert one.files["alpha/core/new/substance.py"] == other.files["alpha/core/new/substance.py"]
@@ -72,7 +72,7 @@ def test_a_version_whose_files_are_those_of_another_takes_its_patches(shared: Wo
     shared.install("alpha", "1.1", made.ALPHA_OLD)
     (shared.root / "alpha/1.1").mkdir()
     write_series(shared, f"../{SHARED}/0001-substance.patch", "../1.0/0002-hook.patch", version="1.1")
-    patching.lock("alpha", "1.1", site=shared.site, root=shared.root)
+    packages.lock("alpha", "1.1", site=shared.site, root=shared.root)
     one, other = shared.pins()["alpha"]
     assert read_patches(one) == read_patches(other)
     assert one.files == other.files
@@ -87,7 +87,7 @@ def test_a_patch_of_another_version_does_not_apply_to_other_files(shared: World)
     (shared.root / "alpha/1.1").mkdir()
     write_series(shared, f"../{SHARED}/0001-substance.patch", "../1.0/0002-hook.patch", version="1.1")
     with pytest.raises(PatchError, match=r"0002-hook\.patch: alpha/core/still\.py"):
-        patching.lock("alpha", "1.1", site=shared.site, root=shared.root)
+        packages.lock("alpha", "1.1", site=shared.site, root=shared.root)
 
 
 @pytest.mark.parametrize(

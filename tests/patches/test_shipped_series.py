@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import patching
-from r3_adapter.patchfile import trailers
-from r3_adapter.patching import State
-from r3_adapter.record import record_path
-from r3_adapter.series import (
+from r3_adapter.patch import packages
+from r3_adapter.patch.packages import State
+from r3_adapter.patch.patchfile import trailers
+from r3_adapter.patch.record import record_path
+from r3_adapter.patch.series import (
     LOCK_NAME,
     SOURCE,
     Series,
@@ -51,8 +51,8 @@ def released(series: Series, tmp_path: Path) -> Path:
         if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    if patching.status([series.distribution], site=tmp_path / "site")[0].state is not State.NOT_APPLIED:
-        patching.revert([series.distribution], site=tmp_path / "site")
+    if packages.status([series.distribution], site=tmp_path / "site")[0].state is not State.NOT_APPLIED:
+        packages.revert([series.distribution], site=tmp_path / "site")
     return tmp_path / "site"
 
 
@@ -118,21 +118,21 @@ def test_series_applies_to_the_release_and_back(series: Series, released: Path) 
     names = [series.distribution]
     paths = [path for path in released.rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in paths}
-    (outcome,) = patching.apply(names, site=released)
+    (outcome,) = packages.apply(names, site=released)
     assert len(outcome.changed) == len(series.files)
     for path, pin in series.files.items():
         data = (released / path).read_bytes() if (released / path).exists() else None
         assert digest(data) == pin.after
         if data is not None and path.endswith(".py"):
             ast.parse(data, path)
-    (outcome,) = patching.apply(names, site=released)
+    (outcome,) = packages.apply(names, site=released)
     assert outcome.changed == ()
-    patching.revert(names, site=released)
+    packages.revert(names, site=released)
     assert {path: path.read_bytes() for path in released.rglob("*") if path.is_file()} == before
 
 
 @each_series
 def test_lock_is_what_the_release_gives(series: Series, released: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(series.folder.parents[1], tmp_path / "patches"))
-    assert patching.lock(series.distribution, series.version, site=released, root=root).files == series.files
+    assert packages.lock(series.distribution, series.version, site=released, root=root).files == series.files
     assert (root / LOCK_NAME).read_bytes() == (series.folder.parents[1] / LOCK_NAME).read_bytes()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter.patchfile import Patch, read_patch
-from r3_adapter.threeway import Fit, author_of, fit, message_of, show
+from r3_adapter.patch.patchfile import Patch, read_patch
+from r3_adapter.patch.threeway import Fit, author_of, fit, message_of, show
 
 LINES = [f"line {number}\n" for number in range(40)]
 PATH = "pkg/a.py"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import transaction
 from r3_adapter.errors import PatchError
-from r3_adapter.transaction import Change, commit
+from r3_adapter.patch import transaction
+from r3_adapter.patch.transaction import Change, commit
 
 Snapshot = dict[str, tuple[int, bytes]]
 

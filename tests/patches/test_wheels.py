@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import patching
 from r3_adapter.errors import PatchError
-from r3_adapter.patching import State
-from r3_adapter.series import Series, digest, listed, load_series
-from r3_adapter.wheels import download
+from r3_adapter.patch import packages
+from r3_adapter.patch.packages import State
+from r3_adapter.patch.series import Series, digest, listed, load_series
+from r3_adapter.patch.wheels import download
 
 SHIPPED = [series for group in load_series().values() for series in group]
 NOBODY = {f"GIT_{who}_{what}": "nobody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -47,19 +47,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def state(series: Series, site: Path) -> State:
-    (found,) = patching.status([series.distribution], site=site)
+    (found,) = packages.status([series.distribution], site=site)
     return found.state
 
 
 def test_the_series_goes_on_the_wheel_and_leaves_it_as_it_was(series: Series, site: Path) -> None:
     before = contents(site)
     for _ in range(2):
-        (outcome,) = patching.apply([series.distribution], site=site)
+        (outcome,) = packages.apply([series.distribution], site=site)
         assert len(outcome.changed) == len(series.files)
         assert state(series, site) is State.APPLIED
         for path in series.files:
             ast.parse((site / path).read_bytes(), path)
-        patching.revert([series.distribution], site=site)
+        packages.revert([series.distribution], site=site)
         assert state(series, site) is State.NOT_APPLIED
         assert contents(site) == before
 

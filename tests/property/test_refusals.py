@@ -87,11 +87,11 @@ def test_repack_refuses():
         (TraceError, {"traces": [TRACES[0], moved]}, r"layer_ids \[1, 5\] of sample 1 != \[1, 4\] of sample 0"),
         (LayoutError, {"traces": TRACES[:1]}, "1 traces != 2 samples of the packing"),
         (LayoutError, {"traces": []}, "0 traces != 2 samples of the packing"),
-        (LayoutError, {"traces": [TRACES[0], trace(5)]}, r"trace of 5 tokens > room \(4\) of sample 1"),
+        (LayoutError, {"traces": [TRACES[0], trace(5)]}, r"trace of 5 tokens > padded length \(4\) of sample 1"),
         (LayoutError, {"layer_ids": [1, 2]}, r"layer 2 is none of the MoE layers \[1, 4\]"),
         (LayoutError, {"layer_ids": [4, 4]}, r"layer_ids \[4, 4\] name a layer twice"),
         (LayoutError, {"layout": ParallelLayout(ep=4, dp=4)}, r"ep \(4\) does not divide num_experts \(6\)"),
-        (LayoutError, {"layout": ParallelLayout(cp=3, ep=3)}, r"2 \* cp \(6\) does not divide room \(4\) of sample 0"),
+        (LayoutError, {"layout": ParallelLayout(cp=3, ep=3)}, r"\(6\) does not divide padded length \(4\) of sample 0"),
         (LayoutError, {"rank": 2}, r"rank \(2\) outside world of 2"),
         (LayoutError, {"dtype": np.int8}, "dtype int8 is none of"),
         (LayoutError, {"dtype": np.float32}, "dtype float32 is none of"),
@@ -245,3 +245,18 @@ def test_what_is_no_array_is_not_converted():
             _core.repack(**{**arrays(), name: arrays()[name].tolist()})
     with pytest.raises(TypeError):
         _core.repack(**{**arrays(), "num_experts": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("slot_of", "says"),
+    [
+        ([[0, 1, 2, 3, 4, 4]], r"slot \(4\) of expert 5 in local layer 0 is another's too"),
+        ([[0, 6, 2, 1, 4, 5]], r"slot \(6\) of expert 1 in local layer 0 is outside 0 to 5"),
+        ([[0, -1, 2, 1, 4, 5]], r"slot \(-1\) of expert 1 in local layer 0 is outside 0 to 5"),
+        ([[0, 1, 2, 3, 4]], r"slot_of dimension 1: length 5 != 6"),
+        ([[0, 1, 2, 3, 4, 5]] * 2, r"slot_of: length 2 != 1"),
+    ],
+)
+def test_a_table_that_is_no_permutation_is_refused(slot_of, says):
+    with pytest.raises(TraceError, match=says):
+        routes(layer_ids=[4], slot_of=np.array(slot_of, np.int32))

@@ -40,6 +40,12 @@ class Case(NamedTuple):
     stages: list
     dtype: type
     last_row: str = "live"
+    slot_of: np.ndarray | None = None
+
+    def slots_of(self, layers):
+        """Return the rows of slot_of, [M, E], that a stage's layers have; nothing where experts lie in their order."""
+        known = self.traces[0].layer_ids.tolist()
+        return {} if self.slot_of is None else {"slot_of": self.slot_of[[known.index(layer) for layer in layers]]}
 
     def repack_all(self, function=repack, dp_rank=0, **options):
         """Return the routes of all ranks of one copy of the micro-batch."""
@@ -54,6 +60,7 @@ class Case(NamedTuple):
                 dtype=self.dtype,
                 input_ids=input_ids(self, place.cp_rank),
                 last_row=self.last_row,
+                **self.slots_of(self.stages[place.pp_rank]),
                 **options,
             )
             for rank, place in enumerate(coords)
@@ -160,6 +167,15 @@ def check(case):
     assert case.collect(native) == case.traces
     assert case.collect(slow) == case.traces
     assert case.collect(native, reference.collect) == case.traces
+    if case.slot_of is None:
+        check(case._replace(slot_of=permutations(case)))
+
+
+def permutations(case):
+    """Return a slot of each expert of each layer, by chance."""
+    first = case.traces[0]
+    shape = (len(first.layer_ids), first.num_experts)
+    return np.random.default_rng(case.packing.num_tokens).random(shape).argsort(axis=1).astype(np.int32)
 
 
 def check_last_rows(case):
@@ -305,10 +321,24 @@ def test_a_wrong_token_is_refused_by_the_rank_that_has_it(data):
     assert refused == case.layout.world_size // (case.layout.cp * case.layout.tp)
 
 
+@given(data=st.data())
+@settings(max_examples=20)
+def test_slots_are_those_of_the_routes_experts(data):
+    case = case_with_routes(data.draw)
+    placed = case._replace(slot_of=permutations(case))
+    for plain, found in zip(case.repack_all(), placed.repack_all(), strict=True):
+        routed = plain.row_versions >= 0
+        for ids, slots, slot_of in zip(plain.topk_ids, found.topk_ids, found.slot_of, strict=True):
+            assert np.array_equal(slot_of[ids[routed].astype(int)], slots[routed])
+            assert np.array_equal(ids[~routed], slots[~routed])
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_shards_are_refused(data):
     case = case_with_routes(data.draw)
+    if data.draw(st.booleans()):
+        case = case._replace(slot_of=permutations(case))
     shards = case.repack_all()
     full = [i for i, shard in enumerate(shards) if len(shard.layer_ids) and (shard.row_versions != PADDING).any()]
     at = data.draw(st.sampled_from(full))

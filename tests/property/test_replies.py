@@ -199,5 +199,5 @@ def test_a_chat_stream_without_all_log_probabilities_is_refused() -> None:
         R3Error, match=r"log-probabilities of 1 tokens != 2 that were sampled; a chat stream leaves out"
     ):
         sample_of_openai([*CHAT[1:]], ASKED, FACTS)
-    with pytest.raises(R3Error, match="nothing says how long the prompt is"):
+    with pytest.raises(R3Error, match="the reply does not say how long the prompt is"):
         sample_of_openai([*CHAT[:3], {"choices": [], "sglext": {"routed_experts": PAYLOAD}}], ASKED, FACTS)

@@ -49,18 +49,20 @@ def test_each_epoch_has_each_sample_once_in_another_order(folders: list[SampleFo
     assert names_of(other, range(NUM_SAMPLES)) != epochs[0]
 
 
-@given(seq_length=st.integers(2 * (NUM_SAMPLES + 1), 60), num_rows=st.integers(0, 25), start=st.integers(0, 9))
-def test_rows_are_packed_with_the_samples_of_an_epoch_in_order(
-    folders: list[SampleFolder], seq_length: int, num_rows: int, start: int
+@given(seq_length=st.integers(2 * (NUM_SAMPLES + 1), 60), num_sequences=st.integers(0, 25), start=st.integers(0, 9))
+def test_sequences_are_packed_with_the_samples_of_an_epoch_in_order(
+    folders: list[SampleFolder], seq_length: int, num_sequences: int, start: int
 ) -> None:
-    """A row ends where the next sample has no room, or the epoch ends; any row is found without those before it."""
+    """A sequence ends where the next sample does not fit, or the epoch ends; any is found without those before it."""
 
     def packed() -> PackedRollouts:
-        return PackedRollouts(folders, num_rows=num_rows, seq_length=seq_length, room=lambda n: 2 * (n - 1), seed=1)
+        return PackedRollouts(
+            folders, num_sequences=num_sequences, seq_length=seq_length, padded_length=lambda n: 2 * (n - 1), seed=1
+        )
 
-    rows = [names(packed()[item]) for item in range(num_rows)]
+    rows = [names(packed()[item]) for item in range(num_sequences)]
     dataset = packed()
-    assert [names(dataset[item]) for item in range(start, num_rows)] == rows[start:]
+    assert [names(dataset[item]) for item in range(start, num_sequences)] == rows[start:]
     alone = RolloutDataset(folders, num_samples=2**20, seed=1)
     order = names_of(alone, range(sum(map(len, rows))))
     assert [name for row in rows for name in row] == order
@@ -74,8 +76,8 @@ def test_rows_are_packed_with_the_samples_of_an_epoch_in_order(
 
 
 def test_a_sample_longer_than_a_row_is_refused(folders: list[SampleFolder]) -> None:
-    with pytest.raises(LayoutError, match=r"a sample that takes 8 tokens of a row > sequence length \(7\)"):
-        PackedRollouts(folders, num_rows=1, seq_length=7, room=lambda n: n, seed=1)
+    with pytest.raises(LayoutError, match=r"padded length \(8\) of a sample > sequence length \(7\)"):
+        PackedRollouts(folders, num_sequences=1, seq_length=7, padded_length=lambda n: n, seed=1)
 
 
 @given(

@@ -28,7 +28,7 @@ def write_run(folder, variant, seed, num_steps=160):
     }
     rng = np.random.default_rng([seed, *variant.encode()])
     falls_at = {"live": 70 + 15 * seed, "live-tis": 130 + 10 * seed}.get(variant, 10**6)
-    with RunLog(folder, config) as log:
+    with RunLog(folder, config, trackers={}) as log:
         for step in range(num_steps):
             if variant == "r3" and seed == 1 and step == 60:
                 log.event(60, "engine_restarted", "engine 0 did not answer for 10 s; 16 prompts asked again")

@@ -82,7 +82,7 @@ def test_no_step_is_read_off_other_names(checkpoints: Checkpoints) -> None:
             (checkpoints.folder / name).mkdir()
     (checkpoints.folder / "00000016").write_text("a file")
     assert checkpoints.steps() == [4, 8, 12]
-    checkpoints.prune()
+    checkpoints.prune(2)
     assert checkpoints.steps() == [8, 12] and (checkpoints.folder / "00000020.bak").is_dir()
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,8 @@ from r3_adapter.cli import main
 from r3_adapter.report import last_line, run_progress
 from r3_adapter.runs.log import Run, RunLog
 from r3_adapter.runs.page import page
-from r3_adapter.runs.plots import SECTIONS, line_chart, stage_charts
+from r3_adapter.runs.plots import LOADS, SECTIONS, line_chart, stage_charts
+from r3_adapter.runs.samples import shown_sample
 from r3_adapter.runs.variants import at, variants_of
 from r3_adapter.runs.verdict import verdicts
 
@@ -43,7 +45,7 @@ def runs_in(folder):
 
 def make(folder, name, seed=0, steps=(), events=(), flags=None, end=True):
     config = {"name": name, "flags": flags or {}, "model": "m", "layout": {"tp": 1}, "seed": seed, "versions": {}}
-    with RunLog(folder, config) as log:
+    with RunLog(folder, config, trackers={}) as log:
         for step, metrics in enumerate(steps):
             log.step(step, metrics)
         for event in events:
@@ -71,7 +73,7 @@ def test_nothing_is_loaded(html):
     policy = next(value for tag, name, value in found.attributes if tag == "meta" and value and "default-src" in value)
     assert "default-src 'none'" in policy and "unsafe-eval" not in policy
     assert "'unsafe-inline'" not in policy.split("script-src")[1]
-    assert len(html) < 6_000_000
+    assert len(html) < 2_000_000
 
 
 def test_each_run_and_its_numbers_are_there(html, synthetic):
@@ -98,7 +100,9 @@ def test_curves_hold_mean_and_band_of_the_seeds(tmp_path):
     )
     assert curve.num_runs == [3, 3, 2]
     chart = line_chart(REWARD, [variant], 1)
-    assert [trace["y"] for trace in chart.traces] == [[0.0, 1.0, None], [2.0, 3.0, None], [1.0, 2.0, None]]
+    (series,) = chart.series
+    assert (series.low, series.high, series.y) == ([0.0, 1.0, None], [2.0, 3.0, None], [1.0, 2.0, None])
+    assert series.said == ["1 (mean of 3)", "2 (mean of 3)", "nan (mean of 2)"]
     assert list(chart.notes) == ["r3: 1 points are not finite, the first at step 2"]
     wide = variant.curve(at("reward"), 2)
     assert (wide.steps, wide.mean[0]) == ([0, 2], pytest.approx(1.5))
@@ -107,7 +111,7 @@ def test_curves_hold_mean_and_band_of_the_seeds(tmp_path):
 def test_gaps_stay_gaps(tmp_path):
     steps = [{"reward": 1.0}, {}, {}, {"reward": 2.0}, {"reward": 2.5}, {"reward": 3.0}]
     chart = line_chart(REWARD, variants_of([make(tmp_path, "a", steps=steps)]), 1)
-    assert (chart.traces[0]["x"], chart.traces[0]["y"]) == ([0, 1, 3, 4, 5], [1.0, None, 2.0, 2.5, 3.0])
+    assert (chart.series[0].x, chart.series[0].y) == ([0, 1, 3, 4, 5], [1.0, None, 2.0, 2.5, 3.0])
 
 
 def test_runs_are_grouped_by_seed_and_by_nothing_else(tmp_path):
@@ -149,7 +153,22 @@ def test_what_files_say_stays_text(tmp_path):
     assert MARKUP in "".join(found.text)
     assert "<" not in re.search(r'id="charts">(.*?)</script>', html)[1]  # whatever a chart says, it ends no block
     drawn = json.dumps(charts_on(html))
-    assert "&lt;img" in drawn and "<img" not in drawn and "<script" not in drawn
+    assert MARKUP[:30] in drawn  # as it is: the browser's test sees that it is shown as a text
+
+
+def test_texts_of_samples_are_texts_and_not_long(tmp_path):
+    runs = [make(tmp_path / name, name, steps=[{"reward": 1.0}] * 3, end=False) for name in "ab"]
+    with RunLog(tmp_path / "a", runs[0].config, resume_at=3, trackers={}) as log:
+        for step in range(3, 6):
+            log.step(step, {"reward": 1.0})
+            log.samples(step, [shown_sample(MARKUP, f"said {step} {'x' * 5000} end", step / 8)])
+    html = page([Run.load(tmp_path / name) for name in "ab"])
+    found = Elements(html)
+    assert MARKUP in found.text and "img" not in found.tags and found.tags.count("script") == 3
+    texts = [text for text in found.text if text.startswith("said ")]
+    assert [text[:6] for text in texts] == ["said 5", "said 3"]
+    assert all(text.endswith("xx end") and 1000 <= len(text) < 1100 for text in texts)
+    assert {"0.625", "0.375"} <= set(found.text) and "not recorded: b" in found.text
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -160,7 +179,7 @@ def test_what_is_missing_is_said(tmp_path):
     text = " ".join(Elements(page(runs)).text)
     assert "not recorded: b" in text
     assert "a: 1 points are 0 or less and have no place on a log scale" in text
-    assert "under way, or stopped: step 1" in text
+    assert "STOPPED before its end: step 1" in text
     assert "b: events.jsonl ends in half a line, which is left out" in text
     assert "Not recorded by any run: Gradient norm, Entropy, Response length" in text
 
@@ -168,13 +187,12 @@ def test_what_is_missing_is_said(tmp_path):
 def test_stages_that_do_not_fill_the_step_leave_other(tmp_path):
     steps = [{"seconds": {"step": 4.0, "rollout": 2.0, "capture": 0.5}}, {"seconds": {"step": 6.0, "rollout": 3.0}}]
     whole, r3 = stage_charts(variants_of([make(tmp_path / "a", "a", steps=steps)]))
-    seconds = {trace["name"]: trace["x"] for trace in whole.traces}
-    assert seconds == {"rollout": [2.5], "other": [2.0], "R3": [0.5]}
-    assert [(trace["name"], trace["x"]) for trace in r3.traces] == [("capture", [0.1])]
+    assert {key.name: found for key, found in whole.parts.items()} == {"rollout": [2.5], "other": [2.0], "R3": [0.5]}
+    assert {key.name: found for key, found in r3.parts.items()} == {"capture": [0.1]}
     steps = [{"seconds": {"step": 1.0, "rollout": 1.0, "train": 1.0}}]
     (whole,) = stage_charts(variants_of([make(tmp_path / "b", "b", steps=steps)]))
     assert list(whole.notes) == ["b: stages overlap; they add up to 2.00 of the step"]
-    assert "other" not in [trace["name"] for trace in whole.traces]
+    assert "other" not in [key.name for key in whole.parts]
 
 
 def test_a_run_without_a_step_is_a_page(tmp_path):
@@ -188,8 +206,8 @@ def test_the_command_says_how_each_run_went(synthetic, tmp_path, capsys):
     assert verdict.startswith("r3-seed1: R3 on: ") and "times lower than `live-seed1`" in verdict
     assert other.startswith("live-seed1: R3 off: 0 of ")
     assert re.fullmatch(
-        r"r3-seed1: 160 steps; reward 0\.1\d* -> 0\.8\d*; k3 3\.\d\de-04; R3 0\.5\d% of step time; "
-        r"engine_restarted 1, trace_damaged 1; .*page\.html",
+        r"r3-seed1: 160 steps; reward 0\.1\d* -> 0\.8\d* \(first and last tenth\); k3 3\.\d\de-04; "
+        r"R3 0\.5\d% of step time; engine restarted 1, trace damaged 1; .*page\.html",
         first,
     )
     assert "COLLAPSED" in second and "no faults" in second
@@ -208,13 +226,15 @@ def test_last_line_leaves_out_what_nobody_recorded(tmp_path):
 def test_each_step_is_a_line_where_nobody_watches(capsys):
     rows = {"replayed": 2048, "live": 2, "stale": 1}
     with run_progress("[red]x", total=3, done=1) as show:
-        show({"reward": 0.25, "k3": 1e-4, "rows": rows, "seconds": {"step": 4.25}})
-        show({})
-        show({"reward": 0.5})
+        show(2, {"reward": 0.25, "k3": 1e-4, "rows": rows, "seconds": {"step": 4.25}}, "checkpoint 00000002")
+        show(3, {})
+        # After a fault a step is made again.
+        show(2, {"reward": 0.5, "grad_norm": 0.0})
     assert [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()] == [
-        "[red]x: step 2 of 3 reward 0.25 k3 0.0001 rows 2,048 replayed, 2 live, 1 stale 4.2 s",
+        "[red]x: step 2 of 3 reward 0.25 k3 0.0001 rows 2,048 replayed, 2 live, 1 stale 4.2 s checkpoint 00000002",
         "[red]x: step 3 of 3",
-        "[red]x: step 4 of 3 reward 0.5",
+        "[red]x: step 2 of 3 reward 0.5 gradient norm 0 "
+        "(nothing to learn: the samples of each prompt have the same reward)",
     ]
 
 
@@ -222,8 +242,8 @@ def test_a_bar_has_reward_and_k3_where_somebody_watches(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
     with run_progress("[red]x", total=3, done=1) as show:
-        show({"reward": 0.25, "k3": 1e-4})
-        show({"reward": 0.5})
+        show(2, {"reward": 0.25, "k3": 1e-4})
+        show(3, {"reward": 0.5})
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     assert "[red]x" in shown and "reward 0.5" in shown and "3/3" in shown
 
@@ -240,11 +260,44 @@ def test_the_first_line_says_whether_replay_works(tmp_path, capsys):
         "live routers would have differed in 1.00% of experts",
         "off: R3 off: 0 of 100 rows replayed, 0 stale; k3 5.00e-05",
         "bad: R3 IS NOT WORKING, though it was asked for: 0 of 100 rows replayed, 0 stale; k3 5.00e-05",
-        "none: whether R3 works cannot be told: no step has recorded its rows; under way, or stopped: step 1 of 9",
+        "none: whether R3 works cannot be told: no step has recorded its rows; STOPPED before its end: step 1 of 9",
     ]
     assert main(["report", *(str(tmp_path / run.name) for run in runs), "--out", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out.splitlines()[:4] == said
     assert all(line in " ".join(Elements(page(runs)).text) for line in said)
+
+
+def test_a_run_that_is_written_is_under_way_until_it_ends_or_dies(tmp_path, config):
+    folder = tmp_path / "a"
+    config["flags"] = {"num_rollout": 40}
+    with pytest.raises(KeyboardInterrupt), RunLog(folder, config) as log:
+        assert verdicts([Run.load(folder)])[0].endswith("; under way, no step yet")
+        for step in range(12):
+            log.step(step, {"reward": 1.0})
+        assert verdicts([Run.load(folder)])[0].endswith("; under way, step 12 of 40")
+        raise KeyboardInterrupt
+    assert verdicts([Run.load(folder)])[0].endswith("; STOPPED before its end: step 12 of 40")
+    with RunLog(folder, config, resume_at=12) as log:
+        log.step(12, {"reward": 1.0})
+    assert "step 13" not in verdicts([Run.load(folder)])[0]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    runs = [make(tmp_path / folder, "run", steps=[{"reward": 1.0}]) for folder in "ab"]
+    assert [line.split(": ")[0] for line in verdicts(runs)] == [f"run ({tmp_path / folder})" for folder in "ab"]
+
+
+def test_a_page_of_two_short_runs_is_small(synthetic):
+    runs = [Run.load(synthetic / name) for name in ("live-seed1", "r3-seed1")]
+    assert len(page([replace(run, steps=run.steps[:12]) for run in runs])) < 1_000_000
+
+
+def test_loads_of_experts_are_drawn_where_they_are_recorded(tmp_path):
+    even = {"ratio": 1.25, "worst": 2.5, "fullest": 5, "mean": 4.0, "busiest": 9}
+    runs = [make(tmp_path / "a", "a", steps=[{"expert_load": even}] * 2)]
+    assert LOADS in page(runs)
+    assert line_chart(SECTIONS[LOADS][0], variants_of(runs), 1).series[0].y == [1.25, 1.25]
+    assert LOADS not in page([make(tmp_path / "b", "b", steps=[{"reward": 1.0}])])
 
 
 def test_k3_that_replay_does_not_lower_is_said(tmp_path):

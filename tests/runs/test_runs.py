@@ -10,6 +10,7 @@ from r3_adapter.errors import R3Error
 from r3_adapter.report import last_line
 from r3_adapter.runs.log import Run, RunLog, summarize
 from r3_adapter.runs.page import page
+from r3_adapter.runs.samples import shown_sample
 
 HOSTILE_LINES = {
     b"{": "no JSON",
@@ -77,8 +78,10 @@ def test_tensorboard_has_each_number(tmp_path, config):
         log.step(1, {"reward": 0.75})
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"reward", "rows/live"}
-    assert [(found.step, found.value) for found in events.Scalars("reward")] == [(0, 0.25), (1, 0.75)]
+    assert set(events.Tags()["scalars"]) == {"rollout/raw_reward", "r3/rows/live"}
+    assert [(found.step, found.value) for found in events.Scalars("rollout/raw_reward")] == [(0, 0.25), (1, 0.75)]
+    (text,) = {each.tensor_proto.string_val[0] for each in events.Tensors("config/text_summary")}
+    assert config["name"].encode() in text
 
 
 def test_a_run_that_dies_has_no_summary(tmp_path, config):
@@ -104,6 +107,40 @@ def test_resuming_drops_what_will_run_again(tmp_path, config, resume_at, kept):
     assert "lr 0.0001 -> 0.0002" in event["what"]
     assert ("steps 5 to 7 are not in the log" in event["what"]) == (resume_at == 8)
     assert run.finished and run.config == changed
+
+
+def test_texts_of_steps_that_will_run_again_are_dropped(tmp_path, config):
+    def log_steps(first, last, **resumed):
+        with RunLog(tmp_path, config, trackers={}, **resumed) as log:
+            for step in range(first, last):
+                log.samples(step, [shown_sample("1+1=", str(last), 0.5)])
+                log.step(step, {"reward": 0.5})
+            log.samples(last, [shown_sample("1+1=", "of a step that was not done", 0.5)])
+
+    log_steps(0, 4)
+    log_steps(2, 5, resume_at=2)
+    said = [(line["step"], line["samples"][0]["response"]) for line in Run.load(tmp_path).samples]
+    assert said == [(0, "4"), (1, "4"), (2, "5"), (3, "5"), (4, "5"), (5, "of a step that was not done")]
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"step": 0, "samples": [{"prompt": 1, "response": "", "reward": 0.0}]}', "not a string"),
+        ('{"step": 0, "samples": [{"prompt": "", "response": "", "reward": "<b>"}]}', "not a fraction"),
+        ('{"step": 0, "samples": [{"prompt": ""}]}', "not an object of prompt, response, reward"),
+        ('{"step": 0, "samples": [0, 0, 0, 0, 0]}', "not a list of at most 4"),
+        ('{"samples": []}', "step is None"),
+    ],
+)
+def test_texts_of_another_form_are_refused_with_their_line(tmp_path, config, line, wrong):
+    with RunLog(tmp_path, config, trackers={}) as log:
+        log.step(0, {"reward": 0.5})
+        log.samples(0, [])
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(R3Error, match=f"samples.jsonl, line 2: .*{wrong}"):
+        _ = Run.load(tmp_path).samples
 
 
 def test_resuming_behind_half_lines(tmp_path, config):

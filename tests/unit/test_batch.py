@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from r3_adapter.errors import LayoutError
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import Figures
+from r3_adapter.megatron.policy_trainer.trainer import StepMetrics
 from r3_adapter.metrics import gap, merge_gaps
 from r3_adapter.ray.batch import items_of, metrics_of, share_out
 from r3_adapter.ray.rollout import Rollout
@@ -91,12 +91,16 @@ def test_figures_of_ranks_add_up() -> None:
     for name in ("tokens", "mean_abs", "max_abs", "k3", "f_1_2", "f_2"):
         assert getattr(merged, name) == pytest.approx(getattr(whole, name))
     made = [
-        Figures(gap=parts[0], loss=1.0, num_trained=10, nll=5.0, grad_norms=[2.0], rows={"replayed": 3, "stale": 0}),
-        Figures(gap=parts[1], loss=2.0, num_trained=90, nll=7.0, grad_norms=[2.0], rows={"replayed": 4, "stale": 0}),
-        Figures(
+        StepMetrics(
+            gap=parts[0], loss=1.0, num_trained=10, nll=5.0, grad_norms=[2.0], rows={"replayed": 3, "stale": 0}
+        ),
+        StepMetrics(
+            gap=parts[1], loss=2.0, num_trained=90, nll=7.0, grad_norms=[2.0], rows={"replayed": 4, "stale": 0}
+        ),
+        StepMetrics(
             grad_norms=[2.0], agreement={1: (10, 9)}, seconds={"train": 2.0}, micro_batches={"all": 2, "planned": 0}
         ),
-        Figures(
+        StepMetrics(
             grad_norms=[2.0], agreement={1: (10, 8)}, seconds={"train": 3.0}, micro_batches={"all": 2, "planned": 2}
         ),
     ]

@@ -3,10 +3,6 @@
 import base64
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import numpy as np
@@ -123,7 +119,7 @@ def test_a_token_without_a_route_is_refused_unless_asked_for() -> None:
 
 def test_log_probabilities_of_other_tokens_are_refused() -> None:
     reply = _reply(_trace().to_bytes(), output_token_logprobs=[[-0.5, 21, None], [-0.5, 23, None]])
-    with pytest.raises(CaptureError, match="request 0: log-probabilities of 2 tokens are not of the output_ids"):
+    with pytest.raises(CaptureError, match="request 0: the 2 tokens of output_token_logprobs are not the output_ids"):
         samples_of([reply], [PROMPT], FACTS)
 
 
@@ -210,41 +206,18 @@ def test_version_spans_that_do_not_fit_are_refused(spans: list[dict[str, Any]], 
         trace_from_native_reply(_reply(_routes().tobytes(), weight_versions=spans), PROMPT, FACTS)
 
 
-@contextmanager
-def _server(status: int, answer: Any) -> Iterator[tuple[str, list[Any]]]:
-    """A server on the loopback that gives one answer; what it was asked for is in the list."""
-    asked: list[Any] = []
+def test_samples_of_a_running_server(monkeypatch: pytest.MonkeyPatch, answers: Any) -> None:
+    def server(status: int, answer: Any) -> Any:
+        return answers(json.dumps(answer).encode(), status)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            asked.append((self.path, json.loads(body)))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_samples_of_a_running_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     params = {"temperature": 1.0, "max_new_tokens": 2}
-    with _server(200, [_reply(_trace().to_bytes())]) as (url, asked):
+    with server(200, [_reply(_trace().to_bytes())]) as (url, asked):
         (sample,) = generate_over_http(url, [PROMPT], params, FACTS)
     assert sample.trace == _trace()
     ((path, body),) = asked
     assert path == "/generate"
-    assert body == {
+    assert json.loads(body) == {
         "input_ids": [PROMPT],
         "sampling_params": checked_params(params),
         "return_logprob": True,
@@ -253,9 +226,9 @@ def test_samples_of_a_running_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CaptureError, match=rf"{url}: .*refused"):
         generate_over_http(url, [PROMPT], params, FACTS)
     with (
-        _server(400, {"error": {"message": "too long"}}) as (url, _),
+        server(400, {"error": {"message": "too long"}}) as (url, _),
         pytest.raises(CaptureError, match=r"400.*long"),
     ):
         generate_over_http(url, [PROMPT], params, FACTS)
-    with _server(200, [_reply(None)]) as (url, _), pytest.raises(CaptureError, match=f"{url} request 0: no routed_exp"):
+    with server(200, [_reply(None)]) as (url, _), pytest.raises(CaptureError, match=f"{url} request 0: no routed_exp"):
         generate_over_http(url, [PROMPT], params, FACTS)

@@ -60,7 +60,7 @@ def test_a_retracted_request_has_a_trace_for_each_computation() -> None:
 
 def test_a_retracted_request_is_split_into_samples_if_asked_for() -> None:
     reply, once = _reply(_twice()), _reply(_payload(_trace(0, 8)))
-    with pytest.raises(CaptureError, match="request 1: computed 2 times, since it was retracted"):
+    with pytest.raises(CaptureError, match="request 1: computed 2 times, since SGLang retracted"):
         samples_of([once, reply], [PROMPT, PROMPT], FACTS)
     with pytest.raises(CaptureError, match="reply: computed 2 times"):
         trace_from_reply(reply, PROMPT)
@@ -81,7 +81,7 @@ def test_a_retracted_request_is_split_into_samples_if_asked_for() -> None:
         (_payload(_trace(0, 8)) + b"rest", "reply, computation 1: 4 bytes have no header"),
         (_payload(_trace(0, 8))[:-3], "reply: tensors end at byte .* of "),
         (_payload(_trace(0, 5)), "reply: routes of 5 tokens != 8 tokens of the sample"),
-        (_payload(_trace(2, 8), start="2"), r"reply: routes from token \[2\] != 0, where they were asked to start"),
+        (_payload(_trace(2, 8), start="2"), r"reply: routes from token \[2\] != 0, the requested start"),
         (_payload(_trace(0, 8), start="x"), "reply: start 'x' is not a position"),
         (_payload(_trace(0, 8)).replace(b'"checksum"', b'"checksam"'), "reply: neither a checksum nor a digest"),
         (_twice().replace(b'"sampled_start":"5"', b'"sampled_start":"6"'), "reply, computation 1: checksum .* != "),
@@ -137,8 +137,8 @@ def test_turns_become_one_trace() -> None:
     ("changes", "message"),
     [
         ({"start": 5}, "turn: starts at token 5 != 4, the first without a route"),
-        ({"previous_row": "e:4"}, "turn: computed upon row e:4 != e:3, the last of the turn before"),
-        ({"previous_row": None}, "turn: computed upon row None != e:3"),
+        ({"previous_row": "e:4"}, "turn: follows row e:4 != e:3, the last row of the turn before"),
+        ({"previous_row": None}, "turn: follows row None != e:3"),
         ({"trace": _trace(4, 8, tokens=[0] * 8)}, "turn: token id 0 at token 4 != 22 of the turn before"),
         ({"trace": replace(_trace(4, 8), num_experts=9)}, "turn: routes of num_experts 9 != 8"),
         ({"trace": replace(_trace(4, 8), layer_ids=np.array([1, 2], np.int32))}, "routes of layer_ids"),
@@ -150,5 +150,5 @@ def test_turns_that_do_not_continue_are_refused(changes: Mapping[str, Any], mess
 
 
 def test_turns_of_an_engine_that_names_no_rows_are_refused() -> None:
-    with pytest.raises(CaptureError, match="computed upon row None != None"):
+    with pytest.raises(CaptureError, match="follows row None != None"):
         join_turns(replace(FIRST, last_row=None), replace(SECOND, previous_row=None))

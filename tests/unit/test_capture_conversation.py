@@ -64,5 +64,5 @@ def test_each_turn_is_a_sample_with_all_routes_before_it() -> None:
 
 
 def test_a_turn_upon_lost_rows_is_refused() -> None:
-    with pytest.raises(CaptureError, match="conversation, turn 1: computed upon row e2:3 != e1:3"):
+    with pytest.raises(CaptureError, match="conversation, turn 1: follows row e2:3 != e1:3"):
         converse(FakeEngine(evicts=True), PROMPT, PARAMS, FOLLOW_UPS)

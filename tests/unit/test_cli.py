@@ -10,9 +10,9 @@ from r3_adapter import cli
 WRONG = {
     "prove --tpp 2": "unrecognized arguments: --tpp 2",
     "prove 2": "unrecognized arguments: 2",
-    "prove --dp 0": "argument --dp: 0 < 1",
-    "prove --tp -1": "argument --tp: -1 < 1",
-    "prove --tp 2.5": "argument --tp: '2.5' is not a whole number",
+    "prove --dp 0": "argument --data-parallel-size/--dp: 0 < 1",
+    "prove --tp -1": "argument --tensor-model-parallel-size/--tp: -1 < 1",
+    "prove --tp 2.5": "argument --tensor-model-parallel-size/--tp: '2.5' is not a whole number",
     "prove --seed -1": "argument --seed: -1 < 0",
     "prove --seed 4294967296": "argument --seed: 4294967296 > 2147483647",
     "prove --group 0": "argument --group: 0 < 1",
@@ -95,6 +95,7 @@ UNFIT = {
     "--pipeline-model-parallel-layout E(t*999)*999L": "pipeline stages: pipeline layout 'E(t*999)*999L': 998003 "
     "letters, far more than layers (8)",
     "--inject nonsense": "--inject 'nonsense' is none of shift-token, swap-layers, swap-samples",
+    '--sglang-args {"dtype":"float16"}': "SGLang's dtype ('float16') is given by the self-test itself",
     "--retract --turns 2": "retract with turns (2) > 1: conversations run one after the other",
 }
 
@@ -104,7 +105,7 @@ UNFIT = {
 def test_a_proof_that_cannot_be_made_is_refused_before_the_rollout(
     flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("r3_adapter.prove.rollout_in_subprocess", lambda *_, **__: pytest.fail("a rollout"))
+    monkeypatch.setattr("r3_adapter.proof.prove.floor_and_rollout", lambda *_, **__: pytest.fail("a rollout"))
     assert cli.main(["prove", *flags.split()]) == 2
     assert capsys.readouterr().err == f"r3: {UNFIT[flags]}\n"
 

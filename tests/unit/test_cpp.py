@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake"
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_core_passes_its_own_tests_under_sanitizers(tmp_path, sanitizers):
     run("cmake", "-S", CPP, "-B", tmp_path, "-DR3_TESTS=ON", f"-DR3_SANITIZE={sanitizers}")
-    run("cmake", "--build", tmp_path, "--target", "test_core", "test_balance")
+    run("cmake", "--build", tmp_path, "--target", "test_core", "test_balance", "test_slots")
     assert run(tmp_path / "tests" / "test_core") == "all passed\n"
     assert run(tmp_path / "tests" / "test_balance") == "all passed\n"
+    assert run(tmp_path / "tests" / "test_slots") == "all passed\n"
 
 
 def test_numbers_that_change_meanwhile_lead_out_of_no_array(tmp_path):

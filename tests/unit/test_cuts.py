@@ -12,7 +12,7 @@ LENGTHS = (19, 24, 13)
 
 
 def traces() -> list[RoutingTrace]:
-    """Return traces of other tokens each; a room of 24 pads two of them."""
+    """Return traces of other tokens each; a padded length of 24 pads two of them."""
     found, start = [], 1
     for length in LENGTHS:
         ids, zeros = np.zeros((length, 1, 1), np.uint8), np.zeros(length, np.int32)

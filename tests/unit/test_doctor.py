@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from r3_adapter import doctor, patching
+from r3_adapter import doctor
 from r3_adapter.doctor import Finding, Grade
+from r3_adapter.patch import packages
 
 
 def _run(tmp_path: Path, *, limit: int = 20000, path: Path | None = None) -> tuple[int, list[str], dict[str, Finding]]:
@@ -46,8 +47,8 @@ def test_a_broken_torch_and_few_files_are_named(tmp_path: Path) -> None:
 def test_what_is_said_of_this_installation_agrees_with_it(tmp_path: Path) -> None:
     _, _, found = _run(tmp_path)
     assert found["r3_adapter"].grade == found["torch"].grade == found["loopback"].grade == Grade.GOOD
-    for each in patching.status():
-        assert (found[each.distribution].grade == Grade.GOOD) == (each.state is patching.State.APPLIED)
+    for each in packages.status():
+        assert (found[each.distribution].grade == Grade.GOOD) == (each.state is packages.State.APPLIED)
 
 
 def test_a_module_of_another_interpreter_is_named() -> None:

@@ -13,7 +13,7 @@ from r3_adapter.arguments import add_layout_arguments, add_r3_arguments, add_rl_
 from r3_adapter.cli import main
 from r3_adapter.errors import R3Error
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.megatron.policy import PolicyOptions
+from r3_adapter.megatron.policy_trainer.trainer import PolicyOptions
 from r3_adapter.ray.options import LoopOptions, check_same_run
 from r3_adapter.rl.checks import check_flags
 from r3_adapter.rl.losses import Objective

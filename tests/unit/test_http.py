@@ -1,10 +1,5 @@
 """Prompts go to the server that was named, and its answers are bounded."""
 
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -17,39 +12,7 @@ from r3_adapter.sglang.facts import ModelFacts
 FACTS = ModelFacts(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
 
 
-@contextmanager
-def answers(text: bytes, status: int = 200, *, pause: float = 0.0, **headers: str) -> Iterator[tuple[str, list[str]]]:
-    """pause: seconds between bytes."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            asked.append(self.path)
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            for part in [text[at : at + 1] for at in range(len(text))] if pause else [text]:
-                self.wfile.write(part)
-                time.sleep(pause)
-
-        do_GET = do_POST
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch, answers: Any) -> None:
     with answers(b"[]") as (proxy, by_proxy), answers(b"[null]") as (url, asked):
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy)
@@ -61,17 +24,17 @@ def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -
             for named in (None, proxy):
                 with pytest.raises(CaptureError, match="not a reply: None"):
                     generate_over_http(host, [[1]], {}, FACTS, proxy=named)
-        assert (by_proxy, asked) == ([], ["/generate"] * 2 * len(names))
+        assert (by_proxy, [path for path, _ in asked]) == ([], ["/generate"] * 2 * len(names))
         with pytest.raises(CaptureError, match=r"0 replies != 1 prompts"):
             generate_over_http("http://engine.invalid:1", [[1]], {}, FACTS, proxy=proxy)
-        assert by_proxy == ["http://engine.invalid:1/generate"]
+        assert [path for path, _ in by_proxy] == ["http://engine.invalid:1/generate"]
         with pytest.raises(CaptureError, match=r"http://engine.invalid:1: "):
             generate_over_http("http://engine.invalid:1", [[1]], {}, FACTS)
         assert len(by_proxy) == 1
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed(status: int) -> None:
+def test_a_redirect_is_not_followed(status: int, answers: Any) -> None:
     with (
         answers(b"[]") as (other, asked),
         answers(b"", status, Location=f"{other}/generate") as (url, _),
@@ -104,30 +67,30 @@ def test_what_is_no_url_of_a_server_is_refused(url: Any) -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[" * 100_000, b"9" * 5000, b"\xff", b"null", b"5", b'{"error": {}}', b"[5]"]
 )
-def test_an_answer_that_is_no_list_of_replies_is_refused(text: bytes) -> None:
+def test_an_answer_that_is_no_list_of_replies_is_refused(text: bytes, answers: Any) -> None:
     with answers(text) as (url, _), pytest.raises(CaptureError, match=url):
         generate_over_http(url, [[1]], {}, FACTS)
 
 
-def test_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch, answers: Any) -> None:
     monkeypatch.setattr(http, "MAX_REPLY", 100)
     with answers(b" " * 101 + b"[]") as (url, _), pytest.raises(CaptureError, match="more than 100 bytes"):
         generate_over_http(url, [[1]], {}, FACTS)
 
 
-def test_an_answer_that_comes_too_slowly_is_late() -> None:
+def test_an_answer_that_comes_too_slowly_is_late(answers: Any) -> None:
     with answers(b" " * 20, pause=0.1) as (url, _), pytest.raises(CaptureError, match=f"^{url}: timed out$"):
         http.post_json(url, {}, timeout=0.5, place=url)
 
 
-def test_half_an_answer_is_none() -> None:
+def test_half_an_answer_is_none(answers: Any) -> None:
     headers = {"Content-Length": "10"}
     with answers(b"[]", **headers) as (url, _), pytest.raises(CaptureError, match="IncompleteRead"):
         http.post_json(url, {}, timeout=60, place=url)
 
 
 @pytest.mark.parametrize("prompt", [[], [-1], [2**31], [True], [1.0], ["a"], "abc", None, {"a": 1}])
-def test_what_is_no_prompt_is_not_sent(prompt: Any) -> None:
+def test_what_is_no_prompt_is_not_sent(prompt: Any, answers: Any) -> None:
     with answers(b"[]") as (url, asked), pytest.raises(CaptureError, match="prompt 0: "):
         generate_over_http(url, [prompt], {}, FACTS)
     assert asked == []

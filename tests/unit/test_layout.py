@@ -1,10 +1,13 @@
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 
 from r3_adapter.errors import LayoutError
 from r3_adapter.layout import Packing, ParallelLayout, local_num_tokens, local_segments
+from r3_adapter.plan.preflight import check_gpus
 from r3_adapter.repack import find_layers, whole_layers
 
 
@@ -125,9 +128,9 @@ def test_packings_that_cannot_be_are_refused():
         (lambda: Packing.packed([0]), "a thd micro-batch without samples"),
         (lambda: Packing.packed([]), r"cu_seqlens_padded \[\] does not begin with 0"),
         (lambda: Packing.packed([1, 4]), r"cu_seqlens_padded \[1, 4\] does not begin with 0"),
-        (lambda: Packing.packed(np.array([0, 4, 3])), r"room \(-1\) of sample 1 < 0"),
-        (lambda: Packing.padded(2, -4), r"room \(-4\) of sample 0 < 0"),
-        (lambda: Packing("sbhd", (4, 5)), r"room \(5\) of sample 1 != 4 of sample 0 in sbhd"),
+        (lambda: Packing.packed(np.array([0, 4, 3])), r"padded length \(-1\) of sample 1 < 0"),
+        (lambda: Packing.padded(2, -4), r"padded length \(-4\) of sample 0 < 0"),
+        (lambda: Packing("sbhd", (4, 5)), r"padded length \(5\) of sample 1 != 4 of sample 0 in sbhd"),
         (lambda: Packing("bshd", (4, 4)), "qkv_format 'bshd' is none of 'sbhd', 'thd'"),
     ]
     for make, message in cases:
@@ -137,8 +140,8 @@ def test_packings_that_cannot_be_are_refused():
 
 def test_sizes_that_do_not_divide_are_refused():
     cases = [
-        (Packing.padded(2, 6), ParallelLayout(cp=2), r"2 \* cp \(4\) does not divide room \(6\) of sample 0"),
-        (Packing.packed([0, 4, 10]), ParallelLayout(cp=2), r"2 \* cp \(4\) does not divide room \(6\) of sample 1"),
+        (Packing.padded(2, 6), ParallelLayout(cp=2), r"2 \* cp \(4\) does not divide padded length \(6\) of sample 0"),
+        (Packing.packed([0, 4, 10]), ParallelLayout(cp=2), r"\(4\) does not divide padded length \(6\) of sample 1"),
         (Packing.padded(2, 3), ParallelLayout(tp=2), r"tp \(2\) does not divide the 3 sequence rows .* in sbhd"),
         (Packing.packed([0, 4, 8]), ParallelLayout(tp=8, cp=1), None),
         (Packing.packed([0, 4, 8]), ParallelLayout(tp=8, cp=2), r"tp \(8\) does not divide the 4 sequence rows"),
@@ -189,3 +192,11 @@ def test_whole_numbers_of_any_type_are_the_same_sizes():
     assert layout == ParallelLayout(tp=2, cp=2, dp=3) and type(layout.tp) is int and hash(layout)
     assert Packing.packed(np.array([0, 4, 8])) == Packing("thd", (4, 4)) == Packing("thd", [np.int32(4), 4])
     assert ParallelLayout(tp=2).coords(np.int64(1)) == ParallelLayout(tp=2).coords(1)
+
+
+@pytest.mark.parametrize(("gpus", "refused"), [(1, True), (2, False), (0, False)])
+def test_ranks_that_would_share_a_gpu_are_refused(gpus: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(LayoutError, match=r"2 ranks > 1 GPUs") if refused else nullcontext():
+        check_gpus(ParallelLayout.smallest(ep=2))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from r3_adapter import cli
-from r3_adapter.arguments import output_file
+from r3_adapter.flag_values import output_file
 
 ROOT = Path(__file__).parents[2]
 

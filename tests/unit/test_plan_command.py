@@ -56,8 +56,11 @@ def test_a_plan_that_fits(tmp_path, capsys):
     ],
 )
 def test_a_size_of_the_layout_below_one_is_named_by_its_flag(flag, size, capsys):
-    assert cli.main(plan_flags(**{flag: size})) == 1
-    assert capsys.readouterr().err == f"r3 plan: does not fit: --{flag} ({size}) < 1\n"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(plan_flags(**{flag: size}))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"r3 plan: error: argument --{flag}") and said.endswith(f": {size} < 1")
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,25 @@ def test_parameters_of_every_family_are_those_of_its_modules_or_not_known():
     assert known >= 25
 
 
+FOUR, EIGHT = {"num_hidden_layers": 4}, {"num_hidden_layers": 8}
+COUNTED = {
+    **dict.fromkeys(("deepseek_v3", "glm4_moe", "gpt_oss", "minimax", "minimax_m2", "mixtral", "olmoe"), FOUR),
+    **dict.fromkeys(("jamba", "llama4_text", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"), EIGHT),
+    "deepseek_v2": {**FOUR, "num_experts_per_tok": 6},
+    "nemotron_h": {},
+}
+"""Families, with layers enough to have one of each kind; Nemotron-H has a letter for each."""
+
+
+@pytest.mark.parametrize("family", COUNTED)
+def test_parameters_are_those_that_transformers_counts(family):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(family, **COUNTED[family])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert ModelShape.from_config(config.to_dict()).num_parameters() == sum(each.numel() for each in model.parameters())
+
+
 def test_states_are_shared_out_over_the_copies():
     layout = ParallelLayout(tp=2, cp=2, dp=4, ep=4, etp=1)
     request = request_of(QWEN, layout)

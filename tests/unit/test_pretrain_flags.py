@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from r3_adapter.errors import R3Error
 from r3_adapter.megatron.pretrain_flags import check_folders, model_flags
+from r3_adapter.proof.tiny import TinyModel, qwen3_moe_config
 from r3_adapter.rollout import Sample, save_samples
-from r3_adapter.tiny import TinyModel, qwen3_moe_config
 from r3_adapter.trace import ModelId, RoutingTrace
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain_r3.sh"

@@ -62,8 +62,8 @@ def test_other_wrong_parts_are_refused(parts: dict[str, Any], message: str) -> N
     ("call", "message"),
     [
         (lambda: replace(make(), trace=None), "trace (None) is not a RoutingTrace"),
-        (lambda: unrouted([], []), "none of 0 tokens is to be learnt"),
-        (lambda: unrouted([1, 2], [False, False]), "none of 2 tokens is to be learnt"),
+        (lambda: unrouted([], []), "none of the 0 tokens is trained on"),
+        (lambda: unrouted([1, 2], [False, False]), "none of the 2 tokens is trained on"),
         (lambda: unrouted([1, 2], [True]), "2 tokens != 1 marks in sampled"),
         (lambda: make().trace.rows(0.0, 2), "start (0.0) is not a whole number"),
         (lambda: make().trace.rows(0, "2"), "stop ('2') is not a whole number"),

@@ -43,12 +43,12 @@ CHANGING: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), CHANGING)
 def test_what_changes_the_scored_distribution_is_refused_by_name(name: str, value: Any) -> None:
     params = {"temperature": 1.0, name: value}
-    with pytest.raises(CaptureError, match=rf"sampling parameters: {name} .* changes the distribution"):
+    with pytest.raises(CaptureError, match=rf"sampling parameters: {name} .* changes the scored distribution"):
         checked_params(params)
     with pytest.raises(CaptureError, match=rf"prompt 1: {name} "):
         checked_all([{}, params], 2)
     # Before anything is sent: nobody listens at port 9.
-    with pytest.raises(CaptureError, match=rf"{name} .* changes the distribution"):
+    with pytest.raises(CaptureError, match=rf"{name} .* changes the scored distribution"):
         generate_over_http("http://127.0.0.1:9", [[1]], params, FACTS)
 
 
@@ -65,7 +65,7 @@ def test_neutral_values_and_what_is_drawn_pass() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"temprature": 0.5}, "'temprature' is no sampling parameter that is known"),
+        ({"temprature": 0.5}, "'temprature' is not a known sampling parameter"),
         ({"is_normalized": True}, "'is_normalized' is not a parameter of a request"),
         ({"temperature": -1}, "temperature -1 is not a finite number from 0 on"),
         ({"temperature": float("nan")}, "temperature nan is not"),

@@ -1,11 +1,25 @@
 """Tasks: what is right has reward 1, what is wrong has less, and the calculator answers a call."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from r3_adapter.errors import R3Error
 from r3_adapter.ray.supervised import converse_right
-from r3_adapter.rl.tasks import CALL, END, EQUALS, PLUS, TASKS, VOCABULARY, AddWithCalculator, SortDigits, task_named
+from r3_adapter.rl.tasks import (
+    CALL,
+    END,
+    EQUALS,
+    PLUS,
+    TASKS,
+    VOCABULARY,
+    AddWithCalculator,
+    RunningSums,
+    SortDigits,
+    task_named,
+    text_of,
+)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -50,3 +64,28 @@ def test_there_is_no_other_task() -> None:
         with pytest.raises(R3Error, match=f"'{name}' is none of"):
             task_named(name)
     assert task_named("r3_adapter.rl.tasks:SortDigits") == SortDigits()
+
+
+def test_running_sums_follow_from_the_one_before() -> None:
+    """One wrong sum, carried on as it was said, spoils the rest; the places before it count."""
+    task = RunningSums(4)
+    prompt = [1, 3 + 7, 3 + 5, 3 + 0, 3 + 9, EQUALS]
+    assert task.answer(prompt) == [[3 + 7, 3 + 2, 3 + 2, 3 + 1, END]]
+    assert task.reward(prompt, [3 + 7, 3 + 3, 3 + 3, 3 + 2, END]) == pytest.approx(2 / 5)
+    assert len(task_named("running-24").prompt(np.random.default_rng(0))) == 26
+
+
+def test_what_is_said_can_be_read() -> None:
+    assert text_of(AddWithCalculator(), [1, 3 + 4, 3 + 2, PLUS, 3 + 9, EQUALS]) == "<begin>42+9="
+    assert text_of(SortDigits(), [3, 12, END, 77]) == "09<end><77>"
+
+    class Numbers(SortDigits):
+        decode = None  # type: ignore[assignment]
+
+    class Broken(SortDigits):
+        @staticmethod
+        def decode(tokens: Sequence[int]) -> str:
+            raise KeyError(tokens[0])
+
+    assert text_of(Broken(), [7]) == "[no text: KeyError: 7]"
+    assert text_of(Numbers(), [3, 77]) == "3 77"

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from r3_adapter.megatron.timing import Meter, in_turns  # noqa: E402
+from r3_adapter.bench.timing import Meter, in_turns  # noqa: E402
 
 
 @given(st.integers(1, 8), st.integers(1, 40))

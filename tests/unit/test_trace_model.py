@@ -13,10 +13,8 @@ import pytest
 from r3_adapter.codec import decode_all, encode, encode_all
 from r3_adapter.errors import TraceError
 from r3_adapter.layout import Packing, ParallelLayout
-from r3_adapter.relayout import relayout
 from r3_adapter.repack import RankRoutes, collect, repack
 from r3_adapter.rollout import Sample, load_samples, save_samples
-from r3_adapter.shards import merge_shards
 from r3_adapter.trace import ModelId, RoutingTrace, concatenate
 
 MODEL = ModelId(num_layers=5, hidden_size=64, vocab_size=104)
@@ -48,7 +46,6 @@ WAYS: dict[str, Callable[[RoutingTrace, Path], RoutingTrace]] = {
     "folder of sets": lambda trace, path: folder_of(trace, path, coded=True),
     "pickle": lambda trace, _: pickle.loads(pickle.dumps(trace)),
     "rows": lambda trace, _: concatenate([trace.rows(0, 1), trace.rows(1, 4)]),
-    "layers": lambda trace, _: merge_shards([trace.at_layers([1]), trace.at_layers([4])], layer_ids=LAYERS),
     "ranks": lambda trace, _: collect(shards(trace), [trace.token_ids], layer_ids=LAYERS, num_experts=8)[0],
 }
 
@@ -66,8 +63,7 @@ def test_a_trace_keeps_its_model(
 
 def test_routes_of_a_rank_keep_the_model() -> None:
     held = shards(make())
-    again = relayout(held, [make().token_ids], PACKING, ParallelLayout(), 0, layer_ids=LAYERS)
-    assert [each.model for each in [*held, again]] == [MODEL] * 3
+    assert [each.model for each in held] == [MODEL] * 2
 
 
 def test_traces_of_two_models_are_not_the_same() -> None:
@@ -86,13 +82,9 @@ def test_traces_of_two_models_do_not_go_together(other: ModelId | None) -> None:
         encode_all(pair)
     with pytest.raises(TraceError, match="of sample 1 != "):
         repack(pair, Packing.packed([0, 4, 8]), ParallelLayout(), 0, layer_ids=LAYERS)
-    with pytest.raises(TraceError, match="shard 1: model "):
-        merge_shards([pair[0].at_layers([1]), pair[1].at_layers([4])], layer_ids=LAYERS)
     held = [shards(pair[0])[0], shards(pair[1])[1]]
     with pytest.raises(TraceError, match="of shard 1 != "):
         collect(held, [make().token_ids], layer_ids=LAYERS, num_experts=8)
-    with pytest.raises(TraceError, match="of shard 1 != "):
-        relayout(held, [make().token_ids], PACKING, ParallelLayout(), 0, layer_ids=LAYERS)
 
 
 @pytest.mark.parametrize(

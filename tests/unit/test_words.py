@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from r3_adapter import errors
-from r3_adapter.arguments import add_r3_arguments, add_rl_arguments
-from r3_adapter.cli import add_prove
+from r3_adapter.arguments import RECOMPUTE, add_r3_arguments, add_rl_arguments
+from r3_adapter.commands.prove import add_prove
 from r3_adapter.errors import CaptureError, R3Error
 from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.attach import attach
 from r3_adapter.megatron.batches import micro_batches
-from r3_adapter.megatron.policy import PolicyOptions
+from r3_adapter.megatron.policy_trainer.options import TrainerOptions
+from r3_adapter.megatron.policy_trainer.trainer import PolicyOptions
 from r3_adapter.megatron.pretraining import prepared
 from r3_adapter.megatron.replay import prepare, prepare_step
-from r3_adapter.megatron.request import TrainerOptions
-from r3_adapter.megatron.trainer import score
-from r3_adapter.prove import damage, prove
+from r3_adapter.parsers import OneCommandParser
+from r3_adapter.proof.damage import damage
+from r3_adapter.proof.prove import prove
+from r3_adapter.proof.scoring import score
+from r3_adapter.proof.tiny import write_checkpoint
 from r3_adapter.ray.batch import items_of
 from r3_adapter.repack import repack
 from r3_adapter.rl.losses import Objective
@@ -29,7 +32,6 @@ from r3_adapter.sglang.capture import check_finished, computations_from_reply, t
 from r3_adapter.sglang.engine import generate_over_http, rollout_in_subprocess, samples_of
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.settings import EngineSettings
-from r3_adapter.tiny import write_checkpoint
 
 PACKAGE = Path(errors.__file__).parent
 ONE, CPU = ParallelLayout(), torch.device("cpu")
@@ -121,9 +123,7 @@ def test_every_literal_of_the_package_has_a_check() -> None:
 
 
 def test_flags_take_the_same_words() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
+    parser = OneCommandParser()
     add_prove(parser.add_subparsers(dest="command"))
     for add in (add_r3_arguments, add_rl_arguments):
         add(parser)
@@ -133,7 +133,7 @@ def test_flags_take_the_same_words() -> None:
         "r3_staleness": lambda word: PolicyOptions(staleness=word),
         "advantage_estimator": lambda word: Objective(estimator=word),
         "dispatcher": lambda word: TrainerOptions(dispatcher=word),
-        "recompute": lambda word: TrainerOptions(recompute=word),
+        "recompute_granularity": lambda word: TrainerOptions(recompute=RECOMPUTE[word]),
         "qkv_format": lambda word: TrainerOptions(qkv_format=word),
         "cp_cut": lambda word: TrainerOptions(cp_cut=word),
     }

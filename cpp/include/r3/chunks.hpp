@@ -1,4 +1,4 @@
-// What repack is asked for, and what lies in a chunk of a rank's rows.
+// The arguments of repack, and the contents of a chunk of a rank's rows.
 // S: tokens of a sample; M: MoE layers of a trace; K: experts a token; E: experts of a layer; T: local rows.
 #pragma once
 
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "r3/segments.hpp"
+#include "r3/slots.hpp"
 #include "r3/text.hpp"
 
 namespace r3 {
@@ -42,9 +43,10 @@ struct RepackJob {
   std::int64_t* counts;                            // [M_local, E], or null
   std::int64_t const* expected_tokens;             // [T], or null
   std::size_t stream_from = std::size_t{1} << 22;  // bytes of output from which on it is written past the cache
+  SlotTables<Id> slots = {};                       // of M_local; empty: ids are written as they are
 };
 
-// All bits set means a live row, so an unsigned type has one id less to give away.
+// All bits set means a live row, so an unsigned type can hold one id less.
 template <class Out>
 void check_out_holds(std::size_t num_experts) {
   constexpr auto kMost = static_cast<std::uint64_t>(std::numeric_limits<Out>::max()) - (std::is_signed_v<Out> ? 0 : 1);

@@ -21,7 +21,7 @@ namespace r3 {
 using AnyIds = std::variant<std::uint8_t const*, std::uint16_t const*, std::int16_t const*, std::int32_t const*,
                             std::int64_t const*>;
 
-// The versions say which rows have a place, so they must not change while a job runs; ids may.
+// The versions decide which rows are copied, so they must not change while a job runs; ids may.
 struct Shard {
   AnyIds ids;                                   // [M_shard, T, K]
   std::span<std::int32_t const> row_versions;   // [T]; >= 0, kLive or kPadding

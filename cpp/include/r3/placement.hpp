@@ -66,6 +66,8 @@ class LayerPlacement {
   }
 
  private:
+  static constexpr std::size_t kLanes = 8;
+
   std::span<float const> item(std::size_t number) const { return {items_.data() + number * steps_, steps_}; }
   std::size_t rank_of(std::size_t place) const { return place / per_rank_; }
 
@@ -115,43 +117,80 @@ class LayerPlacement {
     sum_loads();
   }
 
+  // Two ranks at a time, in an order of chance: whatever they exchange, the fullest of the others stays what it is.
   void improve(std::size_t num_swaps) {
-    if (ranks_ == 1) {
-      return;
+    std::vector<std::size_t> pairs;
+    for (std::size_t a = 0; a < ranks_; ++a) {
+      for (std::size_t b = a + 1; b < ranks_; ++b) {
+        pairs.push_back(a * ranks_ + b);
+      }
     }
-    std::vector<float> others(steps_);
-    for (std::size_t swap = 0; swap < num_swaps; ++swap) {
-      std::size_t const first = random_.below(item_at_.size());
-      std::size_t const second = first / block_ * block_ + random_.below(block_);
-      std::size_t const a = rank_of(first), b = rank_of(second);
-      if (a == b) {
-        continue;
-      }
-      std::fill(others.begin(), others.end(), 0.0F);
-      for (std::size_t rank = 0; rank < ranks_; ++rank) {
-        float const* load = loads_.data() + rank * steps_;
-        for (std::size_t step = 0; rank != a && rank != b && step < steps_; ++step) {
-          others[step] = std::max(others[step], load[step]);
-        }
-      }
-      if (gain(others, first, second) > 0) {
-        exchange(first, second);
+    others_.resize(steps_);
+    std::size_t tried = 0;
+    for (bool better = true; better && tried < num_swaps;) {
+      better = false;
+      for (std::size_t left = pairs.size(); left > 0 && tried < num_swaps; --left) {
+        std::swap(pairs[left - 1], pairs[random_.below(left)]);
+        tried += per_rank_ * per_rank_;
+        better |= exchange_best(pairs[left - 1] / ranks_, pairs[left - 1] % ranks_);
       }
     }
   }
 
-  // How much lower the sum of the fullest ranks' loads becomes; others: [B] the fullest of the other ranks.
-  double gain(std::vector<float> const& others, std::size_t first, std::size_t second) const {
+  // Gives each item of a rank the best exchange with another rank's; says whether there was one.
+  bool exchange_best(std::size_t a, std::size_t b) {
+    std::fill(others_.begin(), others_.end(), 0.0F);
+    for (std::size_t rank = 0; rank < ranks_; ++rank) {
+      float const* load = loads_.data() + rank * steps_;
+      for (std::size_t step = 0; rank != a && rank != b && step < steps_; ++step) {
+        others_[step] = std::max(others_[step], load[step]);
+      }
+    }
+    bool found = false;
+    for (std::size_t first = a * per_rank_; first < (a + 1) * per_rank_; ++first) {
+      std::size_t best = first;
+      float most = 0.5F;
+      for (std::size_t second = b * per_rank_; second < (b + 1) * per_rank_; ++second) {
+        if (first / block_ != second / block_) {
+          continue;
+        }
+        if (float const found_gain = gain(first, second); found_gain > most) {
+          best = second;
+          most = found_gain;
+        }
+      }
+      if (best != first) {
+        exchange(first, best);
+        found = true;
+      }
+    }
+    return found;
+  }
+
+  // How much lower the sum of the fullest ranks' loads becomes. In lanes, since the order of a sum of floats is not the
+  // compiler's to change.
+  float gain(std::size_t first, std::size_t second) const {
     float const* mine = loads_.data() + rank_of(first) * steps_;
     float const* theirs = loads_.data() + rank_of(second) * steps_;
-    auto const out = item(item_at_[first]), in = item(item_at_[second]);
-    double sum = 0;
-    for (std::size_t step = 0; step < steps_; ++step) {
+    float const* out = items_.data() + item_at_[first] * steps_;
+    float const* in = items_.data() + item_at_[second] * steps_;
+    float const* others = others_.data();
+    float lanes[kLanes] = {};
+    auto const lower = [&](std::size_t step) {
       float const moved = in[step] - out[step];
       float const before = std::max(others[step], std::max(mine[step], theirs[step]));
-      sum += before - std::max(others[step], std::max(mine[step] + moved, theirs[step] - moved));
+      return before - std::max(others[step], std::max(mine[step] + moved, theirs[step] - moved));
+    };
+    std::size_t step = 0;
+    for (; step + kLanes <= steps_; step += kLanes) {
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += lower(step + lane);
+      }
     }
-    return sum;
+    for (; step < steps_; ++step) {
+      lanes[0] += lower(step);
+    }
+    return std::accumulate(lanes, lanes + kLanes, 0.0F);
   }
 
   void exchange(std::size_t first, std::size_t second) {
@@ -172,6 +211,7 @@ class LayerPlacement {
   std::size_t per_rank_;              // places of a rank
   std::vector<float> items_;          // [items, B]
   std::vector<float> loads_;          // [R, B]
+  std::vector<float> others_;         // [B] the fullest of the ranks that exchange nothing
   std::vector<std::size_t> item_at_;  // by place
 };
 

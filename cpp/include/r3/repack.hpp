@@ -15,6 +15,7 @@
 #include "r3/pack.hpp"
 #include "r3/padding.hpp"
 #include "r3/parallel.hpp"
+#include "r3/slots.hpp"
 #include "r3/stream.hpp"
 
 namespace r3 {
@@ -67,11 +68,12 @@ class RowCopier {
     }
     ChunkReader<Id, Out> reader(job_, order_, walk_, begin);
     std::vector<Out> stage(block_ * job_.topk);
+    SlotPack<Id, Out> slots(job_.topk, block_);
     for (std::size_t first = begin; first < end; first += kGrain) {
       std::size_t const last = std::min(end, first + kGrain);
       auto const sources = reader.read(first, last);
       for (std::size_t at = 0; at < sources.size(); at += block_) {
-        copy_block(sources, reader.versions(), at, std::min(sources.size(), at + block_), first, stage, counts);
+        copy_block(sources, reader.versions(), at, std::min(sources.size(), at + block_), first, stage, slots, counts);
       }
     }
     finish_stores();
@@ -83,12 +85,13 @@ class RowCopier {
   Out* row_of(std::size_t m, std::size_t row) const { return job_.out + (m * job_.num_rows + row) * job_.topk; }
 
   void copy_block(std::span<Id const* const> sources, std::span<std::int32_t const> all_versions, std::size_t begin,
-                  std::size_t end, std::size_t first, std::vector<Out>& stage, std::int64_t* counts) const {
+                  std::size_t end, std::size_t first, std::vector<Out>& stage, SlotPack<Id, Out>& slots,
+                  std::int64_t* counts) const {
     std::size_t const count = end - begin;
     auto const versions = all_versions.subspan(begin, count);
     std::array<Id const*, kMostRowsOfBlock> replaced;
     Id const* const* from = &sources[begin];
-    bool const mixed = has_row_without_route(versions);
+    bool const mixed = has_row_without_route(versions), placed = !job_.slots.empty();
     if (mixed) {
       from = replace_rows(sources.subspan(begin, count), versions, replaced);
     }
@@ -98,19 +101,23 @@ class RowCopier {
       std::size_t const offset = offset_of(m);
       Out* out = row_of(m, first + begin);
       if (mixed) {
-        if (from != nullptr) {
+        if (from != nullptr && placed) {
+          slots(job_.slots, m, {from, count}, offset, false, stage.data(), largest);
+        } else if (from != nullptr) {
           stage_pack_(from, count, offset, job_.topk, stage.data(), largest);
         }
         copy_mixed(sources.subspan(begin, count), versions, stage.data(), out);
+      } else if (placed) {
+        slots(job_.slots, m, {from, count}, offset, stream_, out, largest);
       } else {
         packs_[m](from, count, offset, job_.topk, out, largest);
       }
-      // Reading ahead a bit after each layer keeps memory busy both ways all the time.
+      // Prefetching a little after each layer keeps reads and writes of memory overlapped.
       for (std::size_t const stop = (m + 1) * count / packs_.size(); next < stop; ++next) {
         fetch(sources, begin + next + kRowsAhead);
       }
       if (counts != nullptr && largest.value() < job_.num_experts) {
-        count_rows(sources.subspan(begin, count), versions, offset, counts + m * count_slots(job_.num_experts));
+        count_rows(sources.subspan(begin, count), versions, m, counts + m * count_slots(job_.num_experts));
       }
     }
     if (largest.value() >= job_.num_experts) {
@@ -126,8 +133,8 @@ class RowCopier {
     return lowest < 0;
   }
 
-  // Puts a row that has a route in the place of each that has none, so that all can be packed alike; returns null if
-  // there is no such row.
+  // Lets each row without a route read from a row that has one, so that all can be packed alike; returns null if no row
+  // has a route.
   static Id const* const* replace_rows(std::span<Id const* const> sources, std::span<std::int32_t const> versions,
                                        std::array<Id const*, kMostRowsOfBlock>& replaced) {
     auto const good = std::ranges::find_if(versions, [](std::int32_t version) { return version >= 0; });
@@ -161,9 +168,9 @@ class RowCopier {
 
   std::size_t offset_of(std::size_t m) const { return static_cast<std::size_t>(job_.layer_indices[m]) * job_.topk; }
 
-  // Asks for a rank's layers of a row: a processor by itself does not see that of every row the same few lines are
-  // read. Behind the chunk it is guessed that the last token's trace goes on; a wrong guess costs time only.
-  // It must be inlined: a call that changes nothing but the cache is left out by the compiler.
+  // Prefetches a rank's layers of a row: the hardware prefetcher does not detect reads of a few lines from each row.
+  // Behind the chunk, the last token's trace is assumed to go on; a wrong guess costs time only.
+  // It must be inlined: the compiler removes a call that changes nothing but the cache.
   [[gnu::always_inline]] void fetch(std::span<Id const* const> sources, std::size_t row) const {
     std::size_t const known = std::min(row, sources.size() - 1);
     std::size_t const step = job_.num_layers * job_.topk * sizeof(Id);
@@ -175,15 +182,17 @@ class RowCopier {
     }
   }
 
-  void count_rows(std::span<Id const* const> sources, std::span<std::int32_t const> versions, std::size_t offset,
+  void count_rows(std::span<Id const* const> sources, std::span<std::int32_t const> versions, std::size_t m,
                   std::int64_t* counts) const {
     // Ids were looked at, but may have changed since.
     std::size_t const mask = count_slots(job_.num_experts) - 1, topk = job_.topk;
     for (std::size_t i = 0; i < sources.size(); ++i) {
       if (versions[i] != kLive) {
-        Id const* ids = sources[i] + (versions[i] >= 0 ? offset : 0);
+        Id const* ids = sources[i] + (versions[i] >= 0 ? offset_of(m) : 0);
+        // Padding rows are given slots, not experts.
+        bool const placed = versions[i] >= 0 && !job_.slots.empty();
         for (std::size_t k = 0; k < topk; ++k) {
-          ++counts[ids[k] & mask];
+          ++counts[(placed ? job_.slots.slot(m, ids[k]) : ids[k]) & mask];
         }
       }
     }

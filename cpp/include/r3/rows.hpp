@@ -144,7 +144,7 @@ std::optional<std::pair<std::size_t, std::size_t>> find_bad_row_of(Id const* ids
       any |= wrong(token, layer);
     }
     for (std::size_t layer = 0; any != 0 && layer < num_layers; ++layer) {
-      // The last one is named too if none is wrong any more, since somebody writes them.
+      // If none is wrong any more, because another thread writes them, the last one is named.
       if (wrong(token, layer) != 0 || layer + 1 == num_layers) {
         return std::pair(token, layer);
       }

@@ -12,7 +12,7 @@
 
 namespace r3 {
 
-// What the version of a local row says where the row holds no route.
+// Values of a local row's version where the row holds no route.
 inline constexpr std::int32_t kLive = -1;
 inline constexpr std::int32_t kPadding = -2;
 

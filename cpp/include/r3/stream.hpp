@@ -1,6 +1,6 @@
-// Copies that go past the cache: what is written once and not read again soon need not be read before it is
-// overwritten. Stores of 16 bytes that fill a line one after the other are as fast as wider ones here, so that the
-// instructions that every x86-64 processor has are enough; elsewhere stores are plain ones.
+// Copies with streaming stores, which bypass the cache: a line that is written once and not read soon need not be
+// loaded first. 16-byte stores that fill a line in order are as fast as wider ones here, so the instructions of every
+// x86-64 processor are enough; other architectures use plain stores.
 #pragma once
 
 #include <cstddef>
@@ -21,14 +21,14 @@ inline constexpr std::size_t kLine = 64;
 // Whether stores of 16 bytes can go past the cache at this address.
 inline bool can_stream(void const* address) { return R3_SSE2 && reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
 
-// Makes streamed stores visible to who learns that they are done.
+// Makes streaming stores visible to other threads.
 inline void finish_stores() {
 #if R3_SSE2
   _mm_sfence();
 #endif
 }
 
-// Asks for a line to come to the second-level cache; the first level is too small to wait there.
+// Prefetches a line into the second-level cache; the first level is too small to hold it until it is used.
 [[gnu::always_inline]] inline void prefetch(void const* address) { __builtin_prefetch(address, 0, 2); }
 
 #if R3_SSE2

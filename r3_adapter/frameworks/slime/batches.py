@@ -1,4 +1,4 @@
-"""How slime's micro-batches lie in what a rank's model is given: asked of slime's own `get_batch`.
+"""How slime packs micro-batches into a rank's model input, taken from slime's own `get_batch`.
 
 S: tokens of a sample; N: samples of a micro-batch; t: tokens of the micro-batch, padding included.
 """
@@ -148,7 +148,7 @@ class TokenCheck:
         def compare(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             number, want = next(waiting, (len(self._inputs), None))
             tokens = args[0] if args else kwargs.get("input_ids")
-            # A pass too many is another's to refuse.
+            # Other checks refuse a pass too many.
             if want is None or not isinstance(tokens, torch.Tensor):
                 return
             place = f"chunk {index}, micro-batch {number}"

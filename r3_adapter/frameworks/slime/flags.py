@@ -1,6 +1,6 @@
-"""Check slime's command line before it starts: what replay needs is there, and what would defeat it is not.
+"""Check slime's command line before it starts: it has the flags that replay needs, and none that would defeat it.
 
-python -m r3_adapter.frameworks.slime.flags FLAGS...; exits 1 and says what is wrong. It needs neither slime nor a GPU.
+python -m r3_adapter.frameworks.slime.flags FLAGS...; exits 2 and says what is wrong. It needs neither slime nor a GPU.
 """
 
 import argparse
@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from r3_adapter.errors import LayoutError, R3Error, ReplayError, show
+from r3_adapter.errors import LayoutError, ReplayError, show
 from r3_adapter.frameworks.rows import facts_of_arguments
 from r3_adapter.frameworks.slime.rollout import refuse_own_replay
 from r3_adapter.layout import ParallelLayout
+from r3_adapter.signals import run_command
 
 PLUG_INS = {
-    "custom_convert_samples_to_train_data_path": "convert",
-    "custom_megatron_init_path": "init",
+    "custom_convert_samples_to_train_data_path": ("convert", "convert_packed"),
+    "custom_megatron_init_path": ("init",),
 }
 """The flags without which nothing is replayed; requests may be sent by a function of the user's own."""
 
+_REQUESTS = ("custom_generate_function_path", "rollout_function_path")
 _SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -39,25 +41,41 @@ def check_flags(argv: Sequence[str]) -> dict[str, Any]:
     """
     args = _read(argv)
     refuse_own_replay(args)
-    for name, function in PLUG_INS.items():
-        want, found = f"r3_adapter.frameworks.slime.{function}", getattr(args, name)
-        if found != want:
-            raise ReplayError(f"{_flag(name)} {found} != {want}")
+    for name, functions in PLUG_INS.items():
+        known, found = [f"r3_adapter.frameworks.slime.{function}" for function in functions], getattr(args, name)
+        if found is None:
+            raise ReplayError(f"{_flag(name)} is missing: give it {' or '.join(known)}")
+        if found not in known:
+            raise ReplayError(f"{_flag(name)} {found} != {' or '.join(known)}")
+    _check_requests(args)
+    packed = args.custom_convert_samples_to_train_data_path.endswith("convert_packed")
+    if packed and not args.use_dynamic_batch_size:
+        raise ReplayError("--use-dynamic-batch-size is off: convert_packed composes micro-batches of no fixed size")
     facts = facts_of_arguments(args)
     engines = _engines(args)
     return {"layout": _layout(args), "facts": facts, "engines": engines}
 
 
+def _check_requests(args: argparse.Namespace) -> None:
+    """Refuse requests that would not ask for routes, as far as the flags say: a whole rollout would be lost."""
+    name, ours = "custom_generate_function_path", "r3_adapter.frameworks.slime.generate"
+    found = getattr(args, name)
+    if found is None and args.rollout_function_path is None:
+        raise ReplayError(f"{_flag(name)} is missing: give it {ours}, or a function of your own that asks for routes")
+    if found is not None and found.startswith("r3_adapter.") and found != ours:
+        raise ReplayError(f"{_flag(name)} {found} != {ours}")
+
+
 def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in (*PLUG_INS, "sglang_config", "sglang_routed_experts_format", "custom_generate_function_path"):
+    for name in (*PLUG_INS, "sglang_config", "sglang_routed_experts_format", *_REQUESTS):
         parser.add_argument(_flag(name))
     for name in (*_SIZES.values(), "actor_num_nodes", "actor_num_gpus_per_node"):
         parser.add_argument(_flag(name), type=int, default=1)
     for name in ("num_layers", "num_experts", "moe_router_topk"):
         parser.add_argument(_flag(name), type=int)
     parser.add_argument("--moe-layer-freq", type=json.loads, default=1)
-    for name in ("use_rollout_routing_replay", "use_routing_replay", "allgather_cp"):
+    for name in ("use_rollout_routing_replay", "use_routing_replay", "allgather_cp", "use_dynamic_batch_size"):
         parser.add_argument(_flag(name), action="store_true")
     args, _ = parser.parse_known_args(argv)
     return args
@@ -126,11 +144,15 @@ def _flag(name: str) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Say what was found, or end with what is wrong."""
-    try:
-        found = check_flags(argv)
-    except R3Error as error:
-        sys.exit(f"error: {error}")
+    """Say what was found, or how to call it.
+
+    Raises:
+        R3Error: as check_flags.
+    """
+    if not argv or {"-h", "--help"} & set(argv):
+        print("usage: python -m r3_adapter.frameworks.slime.flags FLAGS...: those that you give to train.py")
+        return
+    found = check_flags(argv)
     layout, facts = found["layout"], found["facts"]
     print(f"layout    {layout}")
     experts = f"{facts.topk} of {facts.num_experts} experts"
@@ -140,4 +162,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_command("slime", lambda: main(sys.argv[1:])))

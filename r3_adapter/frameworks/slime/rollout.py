@@ -45,12 +45,32 @@ def refuse_own_replay(args: Namespace) -> None:
             raise ReplayError(f"--{flag} is on: experts would be replaced a second time; leave it off")
 
 
+def refuse_released_engine() -> None:
+    """Refuse SGLang without our patches: slime leaves out an argument of engines that SGLang does not know.
+
+    Released SGLang would then answer, with rows of other requests where prompts are shared. slime's rollout process has
+    imported SGLang's arguments already; a process that has not starts no engines.
+
+    Raises:
+        ReplayError: The SGLang of this process has no `routed_experts_format`.
+
+    Source: slime/backends/sglang_utils/sglang_engine.py@0.3.1:_compute_server_args
+    """
+    module = sys.modules.get("sglang.srt.server_args")
+    if module is not None and not hasattr(module.ServerArgs, "routed_experts_format"):
+        raise ReplayError(
+            f"{module.__file__}: this SGLang is not patched, and its rows may be those of other requests; "
+            "run `r3 patch apply sglang` on each node"
+        )
+
+
 def ask_for_routes(args: Namespace) -> Namespace:
     """Return the arguments with which slime's own `generate` asks for routes, and keeps them with the sample.
 
     A `--custom-generate-function-path` of your own calls slime's functions with these.
     """
     refuse_own_replay(args)
+    refuse_released_engine()
     return Namespace(**{**vars(args), _OWN_REPLAY[0]: True})
 
 
@@ -58,7 +78,7 @@ async def generate(args: Namespace, sample: Any, sampling_params: dict[str, Any]
     """Do as slime's `generate` does, and ask for routes.
 
     Raises:
-        ReplayError: Its own replay is on.
+        ReplayError: Its own replay is on, or SGLang is not patched.
 
     Source: slime/rollout/sglang_rollout.py@0.3.1:generate
     """
@@ -72,7 +92,13 @@ def convert(args: Namespace, samples: Sequence[Any]) -> dict[str, Any]:
     Raises:
         R3Error: A sample without routes, or whose routes are not its tokens' or the model's; names the sample.
     """
+    return converted(args, samples)[0]
+
+
+def converted(args: Namespace, samples: Sequence[Any]) -> tuple[dict[str, Any], list[RoutingTrace]]:
+    """Return what `convert` does, and the traces of the samples."""
     refuse_own_replay(args)
+    refuse_released_engine()
     if not samples:
         raise CaptureError("no samples to convert")
     traces = [_trace_of(args, sample, number) for number, sample in enumerate(samples)]
@@ -87,7 +113,7 @@ def convert(args: Namespace, samples: Sequence[Any]) -> dict[str, Any]:
             sample.rollout_routed_experts = theirs
     _check_tokens(data, traces)
     data[ROUTES] = [to_int32(trace) for trace in traces]
-    return data
+    return data, traces
 
 
 def _trace_of(args: Namespace, sample: Any, number: int) -> RoutingTrace:
@@ -141,7 +167,7 @@ def _check_miles(args: Namespace) -> None:
     """Refuse what miles hands to its own conversion alone, and not to one that a flag names."""
     for name in ("use_dynamic_global_batch_size", "multi_lora_n_adapters"):
         if getattr(args, name, None):
-            raise ReplayError(f"--{name.replace('_', '-')}: miles gives a conversion of another's too little for it")
+            raise ReplayError(f"--{name.replace('_', '-')}: miles supports it in its own conversion only")
 
 
 def _check_tokens(data: dict[str, Any], traces: Sequence[RoutingTrace]) -> None:

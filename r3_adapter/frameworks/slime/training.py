@@ -1,7 +1,7 @@
 """In slime's trainers: its log-probability and training passes of the actor replay the rollout's routes.
 
-slime has hooks before a pass, which see neither its data nor its end. So `init`, which it calls in each trainer, puts a
-function around each of the two that run the passes; they are called with the micro-batches, and return the metrics.
+slime's hooks before a pass see neither its data nor its end. So `init`, which slime calls in each trainer, wraps the
+two functions that run the passes: they take the micro-batches and return the metrics.
 """
 
 import functools
@@ -45,8 +45,8 @@ def init(args: Namespace) -> None:
     model = importlib.import_module(f"{name}.backends.megatron_utils.model")
     actor = importlib.import_module(f"{name}.backends.megatron_utils.actor")
     passes = Passes(name, model.get_batch)
-    _around(actor, "forward_only", _FORWARD, passes.log_probs)
-    _around(model, "train_one_step", _TRAIN, passes.train)
+    around(actor, "forward_only", _FORWARD, passes.log_probs)
+    around(model, "train_one_step", _TRAIN, passes.train)
 
 
 class Passes:
@@ -128,8 +128,8 @@ class Passes:
         return theirs(mask, total, response)
 
 
-def _around(module: Any, name: str, parameters: tuple[str, ...], run: Run) -> None:
-    """Put `run` around a function of the framework's.
+def around(module: Any, name: str, parameters: tuple[str, ...], run: Run) -> None:
+    """Wrap a function of the framework's in `run`; the wrapper has the attribute `_r3_adapter`.
 
     Raises:
         ReplayError: There is none, its parameters are others, or it is done already.
@@ -146,10 +146,10 @@ def _around(module: Any, name: str, parameters: tuple[str, ...], run: Run) -> No
         raise ReplayError(f"{place}{signature} has no {', '.join(missing)}; this version of the framework is not known")
 
     @functools.wraps(theirs)
-    def around(*args: Any, **kwargs: Any) -> Any:
+    def replaced(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         return run(lambda: theirs(*args, **kwargs), call.arguments)
 
-    around._r3_adapter = True  # type: ignore[attr-defined]
-    setattr(module, name, around)
+    replaced._r3_adapter = True  # type: ignore[attr-defined]
+    setattr(module, name, replaced)

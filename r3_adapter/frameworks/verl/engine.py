@@ -42,7 +42,9 @@ def change_workers(module: ModuleType) -> None:
     for name in _PASSES:
         method = getattr(worker, name, None)
         if not callable(method) or inspect.iscoroutinefunction(method):
-            raise ReplayError(f"{module.__name__}: no ActorRolloutRefWorker.{name}: another verl than was read")
+            raise ReplayError(
+                f"{module.__name__}: no ActorRolloutRefWorker.{name}: this version of verl is not supported"
+            )
         setattr(worker, name, _replaying(method))
 
 
@@ -90,7 +92,7 @@ def change_engine(module: ModuleType) -> None:
     if original is None or generator is None:
         raise ReplayError(
             f"{module.__name__}: no MegatronEngine.forward_backward_batch that makes its micro-batches with "
-            "make_batch_generator: another verl than was read"
+            "make_batch_generator: this version of verl is not supported"
         )
 
     @functools.wraps(original)
@@ -132,7 +134,9 @@ def _replayed_pass(engine: Any, forward_only: bool) -> Iterator["_Pass"]:
         stack.callback(_CURRENT.reset, token)
         yield current
         if not current.begun:
-            raise ReplayError("verl's engine has made a pass without make_batch_generator: another verl than was read")
+            raise ReplayError(
+                "verl's engine has made a pass without make_batch_generator: this version of verl is not supported"
+            )
 
 
 class _Pass:

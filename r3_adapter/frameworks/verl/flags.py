@@ -1,6 +1,6 @@
 """Check verl's command line before it starts: its configuration composes, the plug-in is loaded, replay is asked for.
 
-python -m r3_adapter.frameworks.verl.flags OVERRIDES...; exits 1 and says what is wrong. It needs verl, and no GPU.
+python -m r3_adapter.frameworks.verl.flags OVERRIDES...; exits 2 and says what is wrong. It needs verl, and no GPU.
 """
 
 import os
@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from r3_adapter.errors import R3Error, ReplayError, show
+from r3_adapter.errors import ReplayError, show
 from r3_adapter.frameworks.verl.rollout import FORMAT
 from r3_adapter.machine import version_of
+from r3_adapter.signals import run_command
 
 PLUG_IN = "r3_adapter.frameworks.verl.plugin"
 _VARIABLE = "VERL_USE_EXTERNAL_MODULES"
@@ -35,11 +36,15 @@ def check_flags(overrides: Sequence[str]) -> list[str]:
     """
     found = [f"{name} {version_of(name) or 'is not installed'}" for name in ("verl", "sglang", "megatron-core")]
     if PLUG_IN not in os.environ.get(_VARIABLE, "").split(","):
-        raise ReplayError(f"{_VARIABLE} ({os.environ.get(_VARIABLE)!r}) does not name {PLUG_IN}")
+        raise ReplayError(
+            f"{_VARIABLE} ({os.environ.get(_VARIABLE)!r}) does not name {PLUG_IN}: export {_VARIABLE}={PLUG_IN}"
+        )
     try:
         import verl
     except ImportError as error:
-        raise ReplayError(f"verl cannot be imported here: {error}") from error
+        raise ReplayError(
+            f"verl cannot be imported by {sys.executable}: {error}; PYTHON names the interpreter that has it"
+        ) from error
     if PLUG_IN not in sys.modules:
         raise ReplayError(f"verl {version_of('verl')} was imported and has not loaded {PLUG_IN}")
     config = composed(Path(verl.__file__).parent / "trainer" / "config", overrides)
@@ -71,15 +76,17 @@ def composed(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ReplayError(f"verl's configuration: {error}") from error
 
 
-def main(argv: Sequence[str]) -> int:
-    """Say what was found, or what is wrong."""
-    try:
-        print("\n".join(check_flags(argv)))
-    except R3Error as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Say what was found, or how to call it.
+
+    Raises:
+        ReplayError: as check_flags.
+    """
+    if not argv or {"-h", "--help"} & set(argv):
+        print("usage: python -m r3_adapter.frameworks.verl.flags OVERRIDES...: those that you give to verl's main_ppo")
+        return
+    print("\n".join(check_flags(argv)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("verl", lambda: main(sys.argv[1:])))

@@ -1,4 +1,4 @@
-"""Change modules as they are imported: a plug-in of verl is loaded before the modules that it is about."""
+"""Change modules as they are imported: verl loads a plug-in before the modules that the plug-in changes."""
 
 import importlib.util
 import sys

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r3_adapter.errors import ReplayError, check_choice
-from r3_adapter.megatron.request import Backend
+from r3_adapter.megatron.backends import Backend
 from r3_adapter.repack import LastRow
 
 _PREFIX = "R3_VERL_"

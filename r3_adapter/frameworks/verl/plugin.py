@@ -27,7 +27,7 @@ def install() -> None:
     except PackageNotFoundError:
         raise ReplayError("verl is not installed in this environment, and this is a plug-in of it") from None
     if Version(found) < Version(OLDEST):
-        raise ReplayError(f"verl {found} < {OLDEST}: earlier ones were not read")
+        raise ReplayError(f"verl {found} < {OLDEST}: earlier versions are not supported")
     Options.from_environment()
     change_on_import(
         {

@@ -1,7 +1,8 @@
 """The rollout's side: ask verl's SGLang server for routes, read them from its reply, and seal them.
 
-verl 0.9 asks for them too, and then takes the reply's base64 for a tensor, or imports a module that SGLang 0.5.12 no
-longer has. So it is told that it need not care about routes, and its request and reply are seen on their way.
+verl 0.9 asks for them too, but then reads the reply's base64 as a tensor, or imports a module that SGLang has dropped
+since 0.5.12. So verl's own option is switched off for its server, and this plug-in changes its request and reads its
+reply.
 """
 
 import functools
@@ -36,7 +37,7 @@ def change_server(module: ModuleType) -> None:
     generate = getattr(server, "generate", None)
     if not inspect.iscoroutinefunction(generate) or "prompt_ids" not in inspect.signature(generate).parameters:
         raise ReplayError(
-            f"{module.__name__}: no SGLangHttpServer.generate(prompt_ids, ...): another verl than was read"
+            f"{module.__name__}: no SGLangHttpServer.generate(prompt_ids, ...): this version of verl is not supported"
         )
     signature = inspect.signature(generate)
 
@@ -107,7 +108,7 @@ def sealed_rows(
 
 
 class _Stand:
-    """Stands for an object: what is not defined here is that object's."""
+    """A proxy of an object: attributes that are not defined here are that object's."""
 
     def __init__(self, stands_for: Any) -> None:
         object.__setattr__(self, "_stands_for", stands_for)

@@ -1,11 +1,11 @@
 """Rows of routes that carry the token they were computed for, in the one form that verl's batches take.
 
-verl hands routes on as an array [rows, layers, topk] of int16 that says nothing of itself: it pads it with zeros, cuts
-it, and joins rows of several replies by position. So each row gets a few more "layers" behind it that hold its token id
-and the step of its weights. Whatever happens on the way, the trainer then sees which token a row is of.
+verl passes routes on as an int16 array [rows, layers, topk] without any metadata. It pads the array with zeros, cuts
+it, and joins rows of several replies by position. So each row gets a few more "layers" at its end, which hold its token
+id and the step of its weights. Whatever verl does with the rows, the trainer can tell which token each belongs to.
 
-S: tokens of a sample; R: rows of a reply; L: decoder layers; K: experts a token; P: layers that hold what a row says of
-itself, `num_seal_layers`.
+S: tokens of a sample; R: rows of a reply; L: decoder layers; K: experts a token; P: layers that hold a row's token and
+step, `num_seal_layers`.
 """
 
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ def unseal(sealed: npt.NDArray[Any], token_ids: npt.NDArray[Any], facts: ModelFa
 
 
 def _num_rows(captured: npt.NDArray[np.bool_], flat: npt.NDArray[np.int16], place: str) -> int:
-    """Return how many rows there are; refuse a row in the midst of them that is none, and what is not sealed."""
+    """Return the number of rows; refuse an empty row between others, and an array that is not sealed."""
     number = int(captured.sum())
     if not captured[:number].all():
         at = int(np.flatnonzero(~captured)[0])

@@ -1,0 +1,1 @@
+"""What this project costs, beside the same work without it."""

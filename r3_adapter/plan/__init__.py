@@ -1,0 +1,1 @@
+"""What a model, a layout and a run take, worked out without a GPU."""

@@ -1,0 +1,1 @@
+"""The self-test: a rollout with perturbed experts, replayed in the trainer, and the verdict on it."""

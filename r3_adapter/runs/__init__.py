@@ -1,0 +1,1 @@
+"""What a run writes, and the page that compares runs."""
