@@ -115,10 +115,14 @@ class EngineSettings:
         if not gpu:
             arguments |= {"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch"}
             # A scheduler that polls would take a core from the trainer that shares the machine.
-            arguments |= {"mem_fraction_static": 0.1, "chunked_prefill_size": 256, "sleep_on_idle": True}
-            arguments["disable_cuda_graph"] = True
+            arguments |= {"chunked_prefill_size": 256, "sleep_on_idle": True, "disable_cuda_graph": True}
         arguments["disable_overlap_schedule"] = not (gpu if self.overlap is None else self.overlap)
-        return {**arguments, **self.extra}
+        arguments |= self.extra
+        if not gpu:
+            # What other processes take while the weights are loaded counts against this share of the memory. It only
+            # has to be small where nothing else says how large the KV cache may be.
+            arguments.setdefault("mem_fraction_static", 0.9 if arguments["max_total_tokens"] else 0.1)
+        return arguments
 
     def to_json(self) -> str:
         """Return the form that from_json reads."""

@@ -47,6 +47,18 @@ def test_engine_arguments() -> None:
     assert [each.is_flat for each in (settings, flat, exact)] == [False, True, True]
 
 
+def test_on_a_cpu_other_processes_may_take_memory_while_an_engine_starts() -> None:
+    # SGLang refuses to start where more of the memory than this has gone since it began to load the weights.
+    for settings, fraction in (
+        (EngineSettings("model"), 0.1),
+        (EngineSettings("model", max_total_tokens=64), 0.9),
+        (EngineSettings("model", extra={"max_total_tokens": 64}), 0.9),
+        (EngineSettings("model", max_total_tokens=64, extra={"mem_fraction_static": 0.3}), 0.3),
+    ):
+        assert settings.engine_arguments(gpu=False)["mem_fraction_static"] == fraction
+    assert "mem_fraction_static" not in EngineSettings("model", max_total_tokens=64).engine_arguments(gpu=True)
+
+
 def test_the_defaults_are_the_engines_own() -> None:
     arguments = EngineSettings("model").engine_arguments(gpu=True)
     assert (arguments["max_total_tokens"], arguments["max_running_requests"]) == (None, None)
