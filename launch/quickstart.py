@@ -45,7 +45,8 @@ def main() -> None:
     if args.samples % (MICRO_BATCH * layout.dp):
         raise R3Error(f"--samples ({args.samples}) is no multiple of micro-batch ({MICRO_BATCH}) x dp ({layout.dp})")
     make_folder(args.out)
-    with tempfile.TemporaryDirectory() as name, progress_bars(("rollout", "trainer")) as ticks:
+    waits = {"rollout": "the engine starts", "trainer": "after the rollout"}
+    with tempfile.TemporaryDirectory() as name, progress_bars(waits) as ticks:
         checkpoint = Path(name)
         write_checkpoint(checkpoint, dtype=args.dtype, seed=args.seed)
         facts = ModelFacts.from_checkpoint(checkpoint)

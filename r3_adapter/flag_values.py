@@ -48,6 +48,14 @@ def output_file(text: str) -> Path:
     return path
 
 
+STDOUT = Path("-")
+
+
+def output_file_or_stdout(text: str) -> Path:
+    """Return STDOUT for "-", and otherwise what output_file does."""
+    return STDOUT if text == str(STDOUT) else output_file(text)
+
+
 def _try_to_write(path: Path) -> None:
     """Open a file as whoever writes it will, and leave everything as it was."""
     if path.exists() and not path.is_file():

@@ -1,7 +1,7 @@
 """Tables, plots and progress bars of a comparison between trainer and rollout."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +10,17 @@ from typing import Any, Protocol
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from r3_adapter.metrics import Gap, Logprobs, gap
 from r3_adapter.signals import say
@@ -104,16 +113,30 @@ def plot_comparison(
     figure.savefig(path, dpi=110)
 
 
+class _DoneColumn(MofNCompleteColumn):
+    """How much is done; before that is known, what is going on."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["before"]) if task.total is None else super().render(task)
+
+
 @contextmanager
-def progress_bars(names: Sequence[str]) -> Iterator[list[Tick]]:
-    """Show a bar for each name on stderr, or lines where that is no terminal; yield the functions that move them."""
+def progress_bars(names: Mapping[str, str]) -> Iterator[list[Tick]]:
+    """Show a bar for each name on stderr, or lines where that is no terminal; yield the functions that move them.
+
+    names: each with what is going on before it is first moved; the first one is under way at once.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
+        say(": ".join(next(iter(names.items()))))
         yield [_lines(name) for name in names]
         return
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), _DoneColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        tasks = [progress.add_task(name, total=None, start=False) for name in names]
+        tasks = [
+            progress.add_task(name, total=None, start=index == 0, before=before)
+            for index, (name, before) in enumerate(names.items())
+        ]
 
         def ticker(task: Any) -> Tick:
             def tick(done: int, total: int) -> None:

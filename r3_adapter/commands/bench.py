@@ -64,7 +64,7 @@ def _bench_replay(args: argparse.Namespace) -> int:
     from r3_adapter.bench.replay import bench_replay
     from r3_adapter.report import progress_bars
 
-    with progress_bars(("steps",)) as (tick,):
+    with progress_bars({"steps": "the trainer starts"}) as (tick,):
         figures = bench_replay(pairs=args.pairs, progress=tick)
     print_json(figures, args.json)
     return 0
@@ -75,7 +75,7 @@ def _bench_capture(args: argparse.Namespace) -> int:
     from r3_adapter.bench.capture import bench_capture
     from r3_adapter.report import progress_bars
 
-    with progress_bars(("turns",)) as (tick,):
+    with progress_bars({"turns": "the engine starts"}) as (tick,):
         shape = {"shape": args.shape, "num_layers": args.layers, "device": args.device, "extra": args.sglang_args}
         figures = bench_capture(pairs=args.pairs, progress=tick, **shape)
     print_json(figures, args.json)

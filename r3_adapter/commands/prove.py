@@ -5,19 +5,17 @@ import argparse
 from r3_adapter.arguments import (
     RECOMPUTE,
     add_engine_arguments,
-    add_json_argument,
     add_parallel_arguments,
     add_seed_argument,
     layout_of,
 )
-from r3_adapter.commands.output import print_json
+from r3_adapter.commands.output import print_verdict
 from r3_adapter.commands.prove_url import add_url_arguments, check_url_arguments, prove_url
 from r3_adapter.errors import R3Error
-from r3_adapter.flag_values import whole
+from r3_adapter.flag_values import output_file_or_stdout, whole
 from r3_adapter.parsers import OneCommandParser, Subparsers
 from r3_adapter.processes import guarded
 from r3_adapter.proof.models import add_model_arguments, model_of
-from r3_adapter.signals import say
 
 EXAMPLES = (
     "r3 prove --tp 2 --ep 2 --json verdict.json",
@@ -40,7 +38,8 @@ def add_prove(subparsers: Subparsers) -> None:
     text = "damage the routes before replay: shift-token, swap-layers or swap-samples; the self-test must then fail"
     group.add_argument("--inject", metavar="DAMAGE", help=text)
     group = parser.add_argument_group("output")
-    add_json_argument(group, "verdict")
+    text = "write the verdict to this file, as JSON; -: to stdout, in place of the summary"
+    group.add_argument("--json", type=output_file_or_stdout, metavar="FILE", help=text)
     add_url_arguments(parser)
     parser.set_defaults(run=_prove)
 
@@ -107,7 +106,8 @@ def _prove(args: argparse.Namespace) -> int:
     # Before the bars are shown.
     model = model_of(args)
     check_fits(layout, options, model, scene, engine)
-    with progress_bars(("rollout", "trainer")) as ticks:
+    starts = "the engine starts" if model.engine == "sglang" else "the model is loaded"
+    with progress_bars({"rollout": starts, "trainer": "after the rollout"}) as ticks:
         verdict = prove(
             layout,
             options,
@@ -119,6 +119,4 @@ def _prove(args: argparse.Namespace) -> int:
             place=args.place,
             ticks=ticks,
         )
-    print_json(verdict.to_json(), args.json)
-    say(f"r3 prove: {verdict.sentence}")
-    return 0 if verdict.passed else 1
+    return print_verdict(verdict, args.json)

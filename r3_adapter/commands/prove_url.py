@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r3_adapter.commands.output import print_json
+from r3_adapter.commands.output import print_verdict
 from r3_adapter.errors import R3Error
 from r3_adapter.flag_values import whole
-from r3_adapter.signals import say
 
 if TYPE_CHECKING:
     from r3_adapter.layout import ParallelLayout
@@ -60,7 +59,7 @@ def prove_url(args: argparse.Namespace, layout: "ParallelLayout", options: "Trai
     from r3_adapter.proof.server import NUM_SAMPLES, prove_server
     from r3_adapter.report import progress_bars
 
-    with progress_bars(("server", "trainer")) as ticks:
+    with progress_bars({"server": "is asked what it runs", "trainer": "after the server"}) as ticks:
         verdict = prove_server(
             args.url,
             Path(args.model),
@@ -73,6 +72,4 @@ def prove_url(args: argparse.Namespace, layout: "ParallelLayout", options: "Trai
             proxy=args.proxy,
             ticks=ticks,
         )
-    print_json(verdict.to_json(), args.json)
-    say(f"r3 prove: {verdict.sentence}")
-    return 0 if verdict.passed else 1
+    return print_verdict(verdict, args.json)

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r3_adapter.commands.output import print_verdict
 from r3_adapter.errors import R3Error
+from r3_adapter.flag_values import output_file_or_stdout
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.proof import engine
 from r3_adapter.proof.engine import ProofEngine
@@ -149,3 +151,17 @@ def test_what_was_chosen_is_said(samples: list[Sample]) -> None:
     verdict = judged(samples)
     about = {**verdict.about, "engine": {"chosen": {"attention_backend": "triton"}}}
     assert "; attention_backend 'triton' was chosen, since" in replace(verdict, about=about).sentence
+
+
+def test_json_comes_only_where_it_is_asked_for(
+    samples: list[Sample], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdict, file = judged(samples, evidence=weighed(0.05), exact=False), tmp_path / "verdict.json"
+    assert print_verdict(verdict, output_file_or_stdout(str(file))) == 0
+    said = capsys.readouterr()
+    assert "routes shifted by a token" in said.out and "16 of 16 routes replayed" in said.out and "{" not in said.out
+    assert said.err == f"r3 prove: {verdict.sentence}\n"
+    assert print_verdict(judged(samples, replay=-0.25), output_file_or_stdout("-")) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["passed"] is False and said.err.startswith("r3 prove: failed: ")
+    assert json.loads(file.read_text(encoding="utf-8"))["sentence"] == verdict.sentence
