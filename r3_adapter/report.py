@@ -113,6 +113,11 @@ def plot_comparison(
     figure.savefig(path, dpi=110)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, to which an s is added for all numbers but 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class _DoneColumn(MofNCompleteColumn):
     """How much is done; before that is known, what is going on."""
 
@@ -226,7 +231,7 @@ def _figures(step: Mapping[str, Any], note: str) -> str:
 
 def last_line(summary: Mapping[str, Any], page: Path) -> str:
     """Say in one line how a run went; what was not recorded is left out. summary: as summary.json has it."""
-    said = [f"{summary['steps']:,} steps"]
+    said = [counted(summary["steps"], "step")]
     if "reward_first" in summary:
         said.append(f"reward {summary['reward_first']:.3g} -> {summary['reward_last']:.3g} (first and last tenth)")
     if summary["collapsed"]:

@@ -7,6 +7,7 @@ from r3_adapter.balance.compare import Balance, compare
 from r3_adapter.balance.simulate import World, simulate
 from r3_adapter.balance.steps import steps_of
 from r3_adapter.errors import LayoutError, R3Error
+from r3_adapter.report import counted
 from r3_adapter.rollout import sample_folders
 
 
@@ -43,8 +44,8 @@ def within(found: Balance, limit: int, max_tokens: int, seed: int) -> str:
     )
     most = max(int(shown.tokens[step].sum()) for step in composed.steps())
     return (
-        f"No rank receives more than {budgets.peak:,} tokens <= --max-received ({limit:,}) in {composed.num_steps:,} "
-        f"micro-steps of at most {most:,} tokens, packed as before."
+        f"No rank receives more than {budgets.peak:,} tokens <= --max-received ({limit:,}) in "
+        f"{counted(composed.num_steps, 'micro-step')} of at most {most:,} tokens, packed as before."
     )
 
 

@@ -7,6 +7,7 @@ from r3_adapter.balance.charts import SHORT, load_maps, rank_bars, shown_ways, w
 from r3_adapter.balance.compare import REAL, WAYS, Balance
 from r3_adapter.balance.tables import drift_line
 from r3_adapter.errors import R3Error
+from r3_adapter.report import counted
 from r3_adapter.runs.charts import Chart
 from r3_adapter.runs.document import document, figure, scrolled, section
 from r3_adapter.runs.plots import style
@@ -43,7 +44,7 @@ def page(found: Balance, source: str) -> str:
         section("Loads of ranks, before and after", grid(list(rank_bars(found)), "grid wide")),
         section("Evenness", grid(list(way_lines(found)))),
     ]
-    title = f"Loads of {found.num_ranks} expert-parallel ranks"
+    title = f"Loads of {counted(found.num_ranks, 'expert-parallel rank')}"
     return document(title, _head(found, source), _legend(found), "".join(body), charts)
 
 
@@ -58,11 +59,11 @@ def _head(found: Balance, source: str) -> str:
     samples, layers, experts = found.shown.counts.shape
     facts = [
         source,
-        f"{found.num_steps} steps" if found.num_steps > 1 else "1 step",
-        f"{samples:,} samples in the last",
-        f"{found.num_micro_steps:,} micro-steps",
-        f"{layers} MoE layers",
-        f"{experts} experts",
+        counted(found.num_steps, "step"),
+        f"{counted(samples, 'sample')} in the last",
+        counted(found.num_micro_steps, "micro-step"),
+        counted(layers, "MoE layer"),
+        counted(experts, "expert"),
         f"planned in {found.seconds:.2f} s a step",
     ]
     verdict = "".join(f"<li>{escape(line)}</li>" for line in said)

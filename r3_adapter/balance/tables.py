@@ -6,6 +6,7 @@ import numpy as np
 from rich.table import Table
 
 from r3_adapter.balance.compare import REAL, WAYS, Balance
+from r3_adapter.report import counted
 
 _FIGURES = ("ratio", "p50", "p95", "worst", "most tokens of a rank")
 _SHOWN_AGO = (0, 1, 2, 4, 8, 16, 32, -1)
@@ -32,7 +33,8 @@ def drift_line(found: Balance) -> str:
 
 def ways_table(found: Balance) -> Table:
     """Return the figures of each way; the least ratio that a trainer can have is marked."""
-    table = Table(title=f"Loads of {found.num_ranks} expert-parallel ranks, {found.num_micro_steps} micro-steps")
+    ranks, steps = counted(found.num_ranks, "expert-parallel rank"), counted(found.num_micro_steps, "micro-step")
+    table = Table(title=f"Loads of {ranks}, {steps}")
     for name in ("", *_FIGURES):
         table.add_column(name, justify="right" if name else "left")
     figures = {name: way.figures for name, way in found.ways.items()}

@@ -9,6 +9,7 @@ from rich.table import Table
 from r3_adapter.plan.checks import Check
 from r3_adapter.plan.loads import Loads
 from r3_adapter.plan.plan import STARTS, Figures, Plan
+from r3_adapter.report import counted
 
 Row = TypeVar("Row")
 
@@ -127,7 +128,7 @@ def _capture_table(plan: Plan, found: Figures) -> Table:
 
 
 def _loads_table(loads: Loads) -> Table:
-    table = _table(f"Loads of {loads.num_ranks} expert-parallel ranks", "", "live", "planned")
+    table = _table(f"Loads of {counted(loads.num_ranks, 'expert-parallel rank')}", "", "live", "planned")
     both = (loads.live, loads.planned)
     table.add_row("exchanges of counts of a rank, an optimizer step", *(f"{number:,}" for number in loads.exchanges))
     table.add_row("waits of the host for them", *(f"{number:,}" for number in loads.waits))
@@ -139,7 +140,8 @@ def _loads_table(loads: Loads) -> Table:
     table.add_row("time of a step, as far as loads make it", "1", f"{loads.step_ratio:.3f}")
     low, high = loads.wait_seconds
     table.caption = (
-        f"Routes: {loads.source}, {loads.num_samples:,} samples, {loads.num_layers} MoE layers; micro-steps of "
+        f"Routes: {loads.source}, {counted(loads.num_samples, 'sample')}, {counted(loads.num_layers, 'MoE layer')}; "
+        "micro-steps of "
         f"{loads.max_tokens:,} tokens of an expert group, {loads.micro_steps:,} a rank. Live: in the order of arrival, "
         "experts as they are; planned: placed by the step before, packed. Assumed: "
         f"{loads.expert_share:.0%} of a step's time grows with the ratio (--expert-share); ranks have equally many "

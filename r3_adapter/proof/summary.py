@@ -8,6 +8,7 @@ from rich.table import Table
 from r3_adapter.proof.evidence import Evidence
 from r3_adapter.proof.server import ServerVerdict
 from r3_adapter.proof.verdict import Verdict
+from r3_adapter.report import counted
 
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 
@@ -40,6 +41,5 @@ def _add_gaps(table: Table, evidence: Evidence) -> None:
 
 
 def _ranks(layout: Mapping[str, Any]) -> str:
-    number = layout["world_size"]
     sizes = ", ".join(f"{name} {layout[name]}" for name in _SIZES if layout[name] > 1)
-    return f"{number} {'rank' if number == 1 else 'ranks'}" + (f": {sizes}" if sizes else "")
+    return counted(layout["world_size"], "rank") + (f": {sizes}" if sizes else "")

@@ -11,6 +11,7 @@ from r3_adapter.balance.eplb import copied_loads, eplb, placed_each
 from r3_adapter.balance.loads import evenness, identity, rank_loads
 from r3_adapter.balance.simulate import World, simulate
 from r3_adapter.balance.table import Table
+from r3_adapter.balance.tables import ways_table
 from r3_adapter.cli import main
 from r3_adapter.errors import LayoutError, R3Error, TraceError
 from r3_adapter.trace import ModelId
@@ -68,6 +69,12 @@ def test_ways_keep_their_order_on_a_policy_that_drifts():
     assert len(said["layers"]["arrival"]) == 8
     assert len(said["micro_steps"]["placed"]) == said["num_micro_steps"]
     assert len(said["steps"]) == 5
+
+
+def test_a_table_of_one_micro_step_says_so():
+    steps = simulate(World("strong", **SMALL), 1, seed=2)
+    assert ways_table(compare(steps, 4, 10**9)).title == "Loads of 4 expert-parallel ranks, 1 micro-step"
+    assert str(ways_table(compare(steps, 4, 1500)).title).endswith(" micro-steps")
 
 
 def test_what_moved_is_the_share_of_tokens_that_went_elsewhere():
