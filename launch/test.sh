@@ -2,6 +2,8 @@
 # All tests that need no GPU, the real engines among them. Arguments go to pytest (-m "not engine" for the quick ones; -n 0 for one
 # after the other, in this process).
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
+r3_help "" "$@"
 source "$(dirname "$0")/setup.sh"
 r3_setup
 r3_say "format, lint, types"

@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parents[2]
 # They install what they need, or ask for it, when they are started.
 SCRIPTS = (
     *("grpo", "quickstart", "pretrain_r3", "qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3"),
-    *("slime-qwen3-30b-a3b", "verl-qwen3-30b-a3b", "wheels"),
+    *("slime-qwen3-30b-a3b", "verl-qwen3-30b-a3b", "wheels", "test"),
 )
 LAYOUTS = ("r3 prove", "r3 plan", "launch/grpo.sh")
 
