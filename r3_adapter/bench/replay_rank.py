@@ -17,7 +17,8 @@ from r3_adapter.megatron.batches import micro_batches
 from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize
 from r3_adapter.megatron.policy_trainer.options import ScoreRequest, TrainerOptions
 from r3_adapter.megatron.policy_trainer.step import training_step
-from r3_adapter.megatron.replay import StepInput, prepare_step
+from r3_adapter.megatron.replay import prepare_step
+from r3_adapter.megatron.replay_batch import StepInput
 from r3_adapter.rollout import load_samples
 
 

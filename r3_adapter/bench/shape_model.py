@@ -19,7 +19,8 @@ from r3_adapter.megatron.layers import moe_routers
 from r3_adapter.megatron.policy_trainer.build import build_chunk, rope_of, transformer_config
 from r3_adapter.megatron.policy_trainer.options import TrainerOptions
 from r3_adapter.megatron.reach import routed_live
-from r3_adapter.megatron.replay import StepInput, prepare_step
+from r3_adapter.megatron.replay import prepare_step
+from r3_adapter.megatron.replay_batch import StepInput
 from r3_adapter.model_shapes import SHAPES
 from r3_adapter.trace import RoutingTrace
 

@@ -32,7 +32,8 @@ from r3_adapter.megatron.agreement import agreed
 from r3_adapter.megatron.attach import attach
 from r3_adapter.megatron.batches import packed_places
 from r3_adapter.megatron.layers import unwrapped, whole_moe_layers
-from r3_adapter.megatron.replay import StepInput, prepare_step
+from r3_adapter.megatron.replay import prepare_step
+from r3_adapter.megatron.replay_batch import StepInput
 from r3_adapter.signals import run_command
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
 

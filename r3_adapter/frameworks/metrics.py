@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from r3_adapter.megatron.layers import moe_routers
-from r3_adapter.megatron.replay import ReplayBatch
+from r3_adapter.megatron.replay_batch import ReplayBatch
 
 
 @dataclass

@@ -14,7 +14,8 @@ from r3_adapter.megatron.dispatch import COUNTS
 from r3_adapter.megatron.feeding import FEEDS, AuxLosses, Feed, Outside
 from r3_adapter.megatron.layers import moe_layers, moe_routers, unwrapped
 from r3_adapter.megatron.reach import ARGUMENT, forget
-from r3_adapter.megatron.replay import ReplayBatch, check_chunks
+from r3_adapter.megatron.replay import check_chunks
+from r3_adapter.megatron.replay_batch import ReplayBatch
 
 _PLAN = "build_schedule_plan"
 

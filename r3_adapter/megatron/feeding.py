@@ -6,7 +6,7 @@ given, and `replay`, which prepares routes for it.
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,9 +14,7 @@ from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.agreement import own_rank
 from r3_adapter.megatron.backends import Channel
 from r3_adapter.megatron.inputs import check_order
-
-if TYPE_CHECKING:
-    from r3_adapter.megatron.replay import ReplayBatch
+from r3_adapter.megatron.replay_batch import ReplayBatch
 
 Outside = Literal["live", "refuse"]
 """What a forward pass outside of `replaying` does: its routers select, or it raises."""
@@ -53,11 +51,11 @@ class Feed:
     def check(self, routers: Mapping[int, Any]) -> None:
         """Refuse routers to which the experts would not get in the feed's own way; by global layer."""
 
-    def fill(self, batches: "list[ReplayBatch]") -> None:
+    def fill(self, batches: list[ReplayBatch]) -> None:
         """Take the micro-batches of a pass."""
         self._batches, self._taken = batches, 0
 
-    def take(self, input_ids: object) -> "ReplayBatch | None":
+    def take(self, input_ids: object) -> ReplayBatch | None:
         """Return the next micro-batch; None outside of `replaying`.
 
         input_ids: what the model is given.

@@ -17,7 +17,7 @@ from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.dispatch import Plan
 from r3_adapter.megatron.layers import moe_layers, moe_routers
 from r3_adapter.megatron.reach import experts_given
-from r3_adapter.megatron.replay import ReplayBatch
+from r3_adapter.megatron.replay_batch import ReplayBatch
 
 
 @contextmanager

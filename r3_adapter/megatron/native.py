@@ -13,7 +13,7 @@ Source: megatron/core/transformer/moe/router_replay.py@0.16.1:RouterReplay.get_r
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -21,9 +21,7 @@ from torch.utils._pytree import tree_leaves
 from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.config_fields import NATIVE_REFUSED, refusals
 from r3_adapter.megatron.feeding import AuxLosses, Feed, Outside
-
-if TYPE_CHECKING:
-    from r3_adapter.megatron.replay import ReplayBatch
+from r3_adapter.megatron.replay_batch import ReplayBatch
 
 try:
     from megatron.core.transformer.moe.router_replay import RouterReplay
@@ -110,7 +108,7 @@ class NativeFeed(Feed):
             if router.router_replay is not self._targets.get(layer_id):
                 raise ReplayError(f"layer {layer_id}: its router_replay was replaced since the model was attached")
 
-    def fill(self, batches: "list[ReplayBatch]") -> None:
+    def fill(self, batches: list[ReplayBatch]) -> None:
         self._check_idle()
         super().fill(batches)
         self._pass = object()
@@ -138,12 +136,12 @@ class NativeFeed(Feed):
         for layer_id, router in self._routers.items():
             router.router_replay = self._own[layer_id]
 
-    def before(self, batch: "ReplayBatch | None") -> None:
+    def before(self, batch: ReplayBatch | None) -> None:
         """Give the routers the experts of a micro-batch, before its forward pass."""
         for index, target in enumerate(self._targets.values()):
             target.aim(None if batch is None else batch.routed_experts[index])
 
-    def after(self, batch: "ReplayBatch", output: Any) -> None:
+    def after(self, batch: ReplayBatch, output: Any) -> None:
         """Check that all routers have asked, and keep the same experts for when they recompute."""
         for layer_id, target in self._targets.items():
             if not target.asked:
@@ -153,7 +151,7 @@ class NativeFeed(Feed):
             if isinstance(each, torch.Tensor) and each.requires_grad:
                 each.register_hook(partial(self._back, batch, self._pass))  # type: ignore[no-untyped-call]
 
-    def _back(self, batch: "ReplayBatch", of_pass: object, _: torch.Tensor) -> None:
+    def _back(self, batch: ReplayBatch, of_pass: object, _: torch.Tensor) -> None:
         recomputes = any(router.config.recompute_granularity for router in self._routers.values())
         if of_pass is self._pass:
             self.before(batch)

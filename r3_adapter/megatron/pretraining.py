@@ -20,7 +20,8 @@ import torch
 from r3_adapter.errors import ReplayError, check_choice
 from r3_adapter.megatron.agreement import agreed_step
 from r3_adapter.megatron.batches import MicroBatch
-from r3_adapter.megatron.replay import ReplayBatch, Staleness, check_dispatch, prepare, step_terms, with_plans
+from r3_adapter.megatron.replay import Staleness, check_dispatch, prepare, step_terms, with_plans
+from r3_adapter.megatron.replay_batch import ReplayBatch
 from r3_adapter.rollout import Sample
 
 ROW_KINDS = ("replayed", "live", "padding", "stale")

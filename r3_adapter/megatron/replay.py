@@ -4,7 +4,7 @@ T: tokens of this rank; M: MoE layers of the chunk; K: experts a token; E: exper
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, cast
 
 import numpy as np
@@ -17,65 +17,32 @@ from r3_adapter.layout import Packing, ParallelLayout
 from r3_adapter.megatron.agreement import NOT_ASKED, Terms, agreed, agreed_step, own_rank
 from r3_adapter.megatron.backends import Backend, Channel
 from r3_adapter.megatron.checks import check_layout, check_model
-from r3_adapter.megatron.dispatch import COUNTS, UNPLANNED, Plan, check_astray, plan_step, why_not_planned
+from r3_adapter.megatron.dispatch import Plan, check_astray, plan_step, why_not_planned
 from r3_adapter.megatron.feeding import FEEDS
 from r3_adapter.megatron.inputs import check_device, check_inputs, check_shape, name_cut
 from r3_adapter.megatron.layers import moe_layers, moe_routers, unwrapped
 from r3_adapter.megatron.placed import placement_of
 from r3_adapter.megatron.reach import check_reach, note_routes
+from r3_adapter.megatron.replay_batch import ReplayBatch, StepInput
 from r3_adapter.repack import LIVE, LastRow, RankRoutes, repack
 from r3_adapter.trace import RoutingTrace
 
+# The first two are what programs import from here, and are made in a module that `feeding` and `reach` can import too.
+__all__ = [
+    "ReplayBatch",
+    "Staleness",
+    "StepInput",
+    "check_chunks",
+    "check_dispatch",
+    "current_layout",
+    "prepare",
+    "prepare_step",
+    "step_terms",
+    "with_plans",
+]
+
 Staleness = Literal["refuse", "live", "keep"]
 """What to do with rows that other weights computed: raise, route them live, or replay them all the same."""
-
-
-@dataclass(frozen=True)
-class ReplayBatch:
-    """What one rank's model chunk replays in one micro-batch.
-
-    routed_experts: [M, T, K] int16 or uint16, on the chunk's device; int16 has -1 in a row that is routed live, uint16
-        tells the routers that no row is and that they need no top-k. GPTModel.forward takes it under this name.
-    routes: the same on the host, with the kind and the weight version of each row.
-    num_stale: rows of `routes` that other weights computed, replayed or live as the policy says.
-    plan: the tokens that each rank sends to each expert; GPTModel.forward takes its counts as `routed_expert_counts`,
-        and its MoE layers then exchange none. If it is handed on, all ranks of an expert group must do so.
-    backend: what they were checked for.
-    """
-
-    routed_experts: torch.Tensor
-    routes: RankRoutes
-    num_stale: int
-    plan: Plan = UNPLANNED
-    backend: Channel = "patch"
-
-    @property
-    def routed_expert_counts(self) -> torch.Tensor | None:
-        """[M, G, E] int32 on the host, G ranks of the expert group; None without a plan, for reasons of `plan`."""
-        return self.plan.counts
-
-    @property
-    def model_arguments(self) -> dict[str, torch.Tensor]:
-        """Return the arguments of GPTModel.forward that replay adds.
-
-        routed_experts, and with a plan routed_expert_counts: [M, T, K] and [M, G, E], as they are here.
-        """
-        arguments = {"routed_experts": self.routed_experts}
-        return arguments if self.plan.counts is None else {**arguments, COUNTS: self.plan.counts}
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """One micro-batch for `prepare_step`: the arguments of `prepare` that differ between micro-batches.
-
-    traces: one for each sample.
-    tokens: [b, s] int64, or [1, t] if packed; as `prepare` takes them.
-    packing: how the samples lie in the micro-batch; None for a padded batch.
-    """
-
-    traces: Sequence[RoutingTrace]
-    tokens: torch.Tensor
-    packing: Packing | None = None
 
 
 def prepare_step(

@@ -26,7 +26,8 @@ from r3_adapter.megatron.monitor import RouterMonitor
 from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize
 from r3_adapter.megatron.policy_trainer.options import BESIDE_MICRO_BATCH, ScoreRequest, TrainerOptions
 from r3_adapter.megatron.policy_trainer.step import Routes, forward, training_step
-from r3_adapter.megatron.replay import StepInput, prepare_step
+from r3_adapter.megatron.replay import prepare_step
+from r3_adapter.megatron.replay_batch import StepInput
 from r3_adapter.proof.collectives import counted
 from r3_adapter.rollout import Sample, load_samples
 

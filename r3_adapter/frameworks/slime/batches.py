@@ -16,7 +16,7 @@ from r3_adapter.errors import LayoutError, ReplayError
 from r3_adapter.frameworks.rows import from_int32
 from r3_adapter.frameworks.slime.rollout import ROUTES
 from r3_adapter.layout import CpCut, Packing
-from r3_adapter.megatron.replay import StepInput
+from r3_adapter.megatron.replay_batch import StepInput
 from r3_adapter.trace import RoutingTrace
 
 GetBatch = Callable[..., dict[str, Any]]

@@ -20,7 +20,8 @@ from r3_adapter.frameworks.slime.batches import TokenCheck, step_inputs
 from r3_adapter.frameworks.slime.rollout import loaded_framework, refuse_own_replay
 from r3_adapter.megatron.agreement import agreed
 from r3_adapter.megatron.attach import Attached, attach
-from r3_adapter.megatron.replay import ReplayBatch, prepare_step
+from r3_adapter.megatron.replay import prepare_step
+from r3_adapter.megatron.replay_batch import ReplayBatch
 
 logger = logging.getLogger(__name__)
 

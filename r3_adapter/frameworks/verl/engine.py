@@ -19,7 +19,8 @@ from r3_adapter.frameworks.verl.packing import checked_engine, step_input
 from r3_adapter.frameworks.verl.report import Report
 from r3_adapter.megatron.agreement import agreed
 from r3_adapter.megatron.attach import Attached, attach
-from r3_adapter.megatron.replay import StepInput, prepare_step
+from r3_adapter.megatron.replay import prepare_step
+from r3_adapter.megatron.replay_batch import StepInput
 from r3_adapter.sglang.facts import ModelFacts
 
 ROUTES = "routed_experts"

@@ -11,7 +11,7 @@ from r3_adapter.errors import ReplayError, TraceError
 from r3_adapter.frameworks.verl.sealed import unseal
 from r3_adapter.layout import Packing
 from r3_adapter.megatron.layers import unwrapped
-from r3_adapter.megatron.replay import StepInput
+from r3_adapter.megatron.replay_batch import StepInput
 from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.trace import RoutingTrace
 

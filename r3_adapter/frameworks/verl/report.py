@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from r3_adapter.frameworks.metrics import Counts, compare_live
-from r3_adapter.megatron.replay import ReplayBatch
+from r3_adapter.megatron.replay_batch import ReplayBatch
 from r3_adapter.metrics import gap
 
 _GAP = ("k3", "mean_abs", "max_abs", "f_2")

@@ -10,7 +10,8 @@ from r3_adapter.errors import ReplayError
 from r3_adapter.megatron.attach import Attached
 from r3_adapter.megatron.batches import MicroBatch
 from r3_adapter.megatron.reach import routed_live
-from r3_adapter.megatron.replay import ReplayBatch, check_dispatch
+from r3_adapter.megatron.replay import check_dispatch
+from r3_adapter.megatron.replay_batch import ReplayBatch
 from r3_adapter.megatron.temperature import scored_at
 
 Routes = Sequence[Sequence[ReplayBatch]]

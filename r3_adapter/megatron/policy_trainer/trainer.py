@@ -31,7 +31,8 @@ from r3_adapter.megatron.policy_trainer.learning_rate import LearningRate
 from r3_adapter.megatron.policy_trainer.moments import load_moments, save_moments
 from r3_adapter.megatron.policy_trainer.options import TrainerOptions
 from r3_adapter.megatron.policy_trainer.step import Routes, forward, training_step
-from r3_adapter.megatron.replay import ReplayBatch, Staleness, StepInput, prepare_step
+from r3_adapter.megatron.replay import Staleness, prepare_step
+from r3_adapter.megatron.replay_batch import ReplayBatch, StepInput
 from r3_adapter.metrics import Gap, gap
 from r3_adapter.rl.losses import Objective, TokenColumns, k3, policy_loss
 from r3_adapter.rollout import Sample
