@@ -43,17 +43,20 @@ compiler() {
 
 # build PYTHON TARGET: build and name a wheel; print its path.
 build() {
-    local python=$1 target=$2 version raw
+    local python=$1 target=$2 version raw suffix
     local -a settings=()
     version=$("$python" -c 'import sys; print("%d%d" % sys.version_info[:2])')
     raw=$work/raw-$version-$target
+    suffix=.cpython-$version-$target-linux-gnu.so
     rm -rf "$raw"
     if [ "$COMPILER" = zig ]; then
-        # The last two tell pip and pybind11 what is built for.
+        # The last two tell pip and pybind11 what is built for: by itself it names a module for the machine that it runs on.
         settings=("CC=$work/cc-$target" "CXX=$work/cxx-$target" "_PYTHON_HOST_PLATFORM=linux-$target"
-            "SETUPTOOLS_EXT_SUFFIX=.cpython-$version-$target-linux-gnu.so")
+            "CMAKE_ARGS=-DPYTHON_MODULE_EXTENSION=$suffix")
     fi
     env "${settings[@]}" "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$raw" dist/r3_adapter-*.tar.gz >&2
+    # A Python that looks for another name finds no module in such a wheel, and only its user sees that.
+    "$python" -m zipfile --list "$raw"/*.whl | grep -F "r3_adapter/_core$suffix" >&2 || refuse "$raw has no r3_adapter/_core$suffix"
     # By a platform's name auditwheel takes wheels for this machine alone.
     PATH=$work/tools/bin:$PATH "$work/tools/bin/auditwheel" repair --plat auto --wheel-dir "$raw/named" "$raw"/*.whl >&2
     if [ "$COMPILER" = zig ] && ! compgen -G "$raw/named/*manylinux_${GLIBC/./_}_$target*.whl" >/dev/null; then
