@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from r3_adapter.balance.loads import count_trace
 from r3_adapter.balance.table import FILE, Table, by_chance
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.processes import run_together
@@ -22,6 +22,7 @@ from r3_adapter.ray.batch import share_out
 from r3_adapter.ray.store import SampleRef
 from r3_adapter.ray.trainer import ItemRef
 from r3_adapter.rollout import Sample, save_samples
+from r3_adapter.trace import RoutingTrace
 
 pytestmark = pytest.mark.engine
 
@@ -190,13 +191,22 @@ def test_replaying_its_own_routes_changes_no_bit(checkpoint: Path, perturbed: li
     assert all(np.array_equal(found["off"][name], found["r2"][name]) for name in found["off"])
 
 
+def _uneven(trace: RoutingTrace, rng: np.random.Generator) -> npt.NDArray[np.int32]:
+    """Return [L, E] loads of as many routes as a trace has, most of them at a few experts of each layer."""
+    _, num_layers, topk = trace.topk_ids.shape
+    shares = rng.dirichlet([0.1] * trace.num_experts, num_layers)
+    return rng.multinomial(trace.num_tokens * topk, shares).astype(np.int32)
+
+
 def test_samples_that_are_put_together_by_their_loads_make_the_same_gradient(
     checkpoint: Path, perturbed: list[Sample], tmp_path: Path
 ) -> None:
     """And experts that lie elsewhere do."""
     layout, samples = LAYOUTS["ep2"], perturbed[:12]
+    rng = np.random.default_rng(0)
+    # Uneven loads, of which every processor makes the same plan; the routes differ from one to another.
     refs = [
-        SampleRef(at, 0, 0, each.trace.num_tokens, 1, 1, (), 0, (), 0, counts=count_trace(each.trace))
+        SampleRef(at, 0, 0, each.trace.num_tokens, 1, 1, (), 0, (), 0, counts=_uneven(each.trace, rng))
         for at, each in enumerate(samples)
     ]
     plan = share_out([ItemRef(ref, 0.0, 1.0) for ref in refs], layout, micro_batch_size=2, num_steps=1)
