@@ -13,7 +13,6 @@ from typing import Any
 import megatron_tiny as tiny
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.attach import attach, takes_routes
@@ -69,26 +68,6 @@ def inputs(*, live: bool = False) -> list[StepInput]:
     return found
 
 
-def loop(model: torch.nn.Module, micro_batches: list[StepInput], forward_only: bool = False) -> None:
-    """Run a pass by Megatron's schedule, as any framework does; its forward_step knows no routes."""
-
-    def forward_step(iterator: Iterator[StepInput], module: Any) -> Any:
-        tokens = next(iterator).tokens
-        positions = torch.arange(tiny.SEQ).expand(tiny.BATCH, tiny.SEQ)
-        mask = torch.ones(1, 1, tiny.SEQ, tiny.SEQ, dtype=torch.bool).triu(1)
-        return module(tokens, positions, mask, labels=tokens.roll(-1, 1)), lambda losses: (losses.mean(), {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=model,
-        num_microbatches=len(micro_batches),
-        seq_length=tiny.SEQ,
-        micro_batch_size=tiny.BATCH,
-        forward_only=forward_only,
-    )
-
-
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return all gradients by parameter."""
     return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
@@ -99,7 +78,7 @@ def explicit(options: dict[str, Any], micro_batches: list[StepInput]) -> dict[st
     model = tiny.build(**options)
     (steps,) = prepare_step([model], micro_batches, layout=ParallelLayout())
     model.register_forward_pre_hook(partial(argued, iter(steps)), with_kwargs=True)
-    loop(model, micro_batches)
+    tiny.loop([model], micro_batches)
     return gradients(model)
 
 
@@ -126,7 +105,7 @@ def same_bits(name: str, wrap: Callable[[Any], Any], options: dict[str, Any], li
     model = tiny.build(**options)
     chunk, micro_batches = wrap(model), inputs(live=live)
     # Megatron, too, leaves attributes in the layers of a model that has been used.
-    loop(chunk, micro_batches, forward_only=True)
+    tiny.loop([chunk], micro_batches, forward_only=True)
     before = state(model)
     if takes_routes(model):
         # What is seen of it then is forgotten.
@@ -136,7 +115,7 @@ def same_bits(name: str, wrap: Callable[[Any], Any], options: dict[str, Any], li
     for forward_only in (True, False):
         steps = prepare_step([chunk], micro_batches, layout=ParallelLayout(), backend=attached.backend)
         with attached.replaying(steps):
-            loop(chunk, micro_batches, forward_only)
+            tiny.loop([chunk], micro_batches, forward_only)
     attached.detach()
     found = gradients(model)
     # Without our patches no model takes the argument; then the bits are to be those of one that does.
@@ -168,7 +147,7 @@ steps = prepare_step([model], data, layout=ParallelLayout(), backend="auto")
 def replayed(steps: Any, micro_batches: list[StepInput]) -> None:
     """Run a pass of some micro-batches with the routes of some."""
     with attached.replaying(steps):
-        loop(model, micro_batches)
+        tiny.loop([model], micro_batches)
 
 
 told("a pass too many", lambda: replayed(steps, [*data, data[0]]))
@@ -181,7 +160,7 @@ told("two chunks", lambda: replayed([*steps, *steps], data))
 def failing() -> None:
     """Raise inside of a pass, when routes are left over."""
     with attached.replaying(steps):
-        loop(model, data[:1])
+        tiny.loop([model], data[:1])
         raise KeyError("the loop's own")
 
 
@@ -200,9 +179,9 @@ def detached_inside() -> None:
 told("an error of the loop", failing)
 told("nested", nested)
 told("detach inside", detached_inside)
-told("outside", lambda: loop(model, data))
+told("outside", lambda: tiny.loop([model], data))
 with routed_live([model]):
-    told("outside, on purpose", lambda: loop(model, data))
+    told("outside, on purpose", lambda: tiny.loop([model], data))
 
 
 def argument_too() -> None:
@@ -214,5 +193,5 @@ def argument_too() -> None:
 told("an argument too", argument_too)
 attached.detach()
 told("after detach", lambda: replayed(steps, data))
-told("live after detach", lambda: loop(model, data))
+told("live after detach", lambda: tiny.loop([model], data))
 print(json.dumps(said))

@@ -5,7 +5,6 @@ python hybrid_rank.py RANK RENDEZVOUS OUTPUT
 
 import json
 import sys
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from megatron.core import parallel_state as ps
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from r3_adapter.frameworks.metrics import live_map
@@ -55,7 +53,7 @@ def start(tp: int = 1, pp: int = 1, vpp: int | None = None, ep: int = 1) -> dict
 
 def build_gpt(pre: bool, post: bool, vp_stage: int | None, **options: Any) -> Any:
     """Build a chunk of a GPTModel of four MoE layers, with a layer of multi-token prediction where that is."""
-    config = hybrid.configure(4, mtp_num_layers=1, **options)
+    config = tiny.configure(4, mtp_num_layers=1, **options)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
     kinds = {"position_embedding_type": "rope", "mtp_block_spec": mtp, "vp_stage": vp_stage}
@@ -74,26 +72,6 @@ def build(pattern: str, options: dict[str, Any]) -> list[Any]:
         else:
             chunks.append(hybrid.build(pattern, pre=pre, post=post, vp_stage=vp_stage, **options))
     return chunks
-
-
-def loop(chunks: list[Any], micro_batches: list[StepInput]) -> None:
-    """Run a training pass by Megatron's schedule."""
-
-    def forward_step(iterator: Iterator[StepInput], module: Any) -> Any:
-        tokens = next(iterator).tokens
-        positions = torch.arange(tiny.SEQ).expand(tiny.BATCH, tiny.SEQ)
-        mask = torch.ones(1, 1, tiny.SEQ, tiny.SEQ, dtype=torch.bool).triu(1)
-        return module(tokens, positions, mask, labels=tokens.roll(-1, 1)), lambda losses: (losses.mean(), {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in chunks],
-        model=chunks,
-        num_microbatches=NUM,
-        seq_length=tiny.SEQ,
-        micro_batch_size=tiny.BATCH,
-        forward_only=False,
-    )
 
 
 def inputs(layers: list[int], replica: int) -> list[StepInput]:
@@ -156,7 +134,7 @@ def case(name: str, pattern: str, backend: Any, **sizes: int) -> None:
         steps = prepare_step(chunks, data, backend=attached.backend)
         plans |= {batch.plan.kind for step in steps for batch in step if len(batch.routed_experts)}
         with attached.replaying(steps):
-            loop(chunks, data)
+            tiny.loop(chunks, data)
         optimizer.step()
     attached.detach()
     right = {

@@ -114,7 +114,7 @@ def prepared(pattern: str, layers: list[int], identity: ModelId | None = None) -
 
 def named(num_layers: int) -> ModelId:
     """Return what a trace says of its model."""
-    return ModelId(num_layers, hybrid.HIDDEN, tiny.VOCAB)
+    return ModelId(num_layers, tiny.HIDDEN, tiny.VOCAB)
 
 
 told("a layer too few", lambda: prepared(hybrid.BLOCKS, BLOCKS[:-1]))

@@ -19,20 +19,17 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import multi_token_prediction as mtp
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
 )
 
+from r3_adapter.megatron.bridge.layers import mlp_spec, self_attention_spec
 from r3_adapter.trace import ModelId, RoutingTrace
 
 try:
@@ -51,7 +48,7 @@ BLOCKS, PAIRS = "ME*E-M*E", "*-*EME*E"
 """One letter a layer of Hugging Face's, as Nemotron-H has; two letters a layer, as a GPTModel that was moved over."""
 GATED, GATED_LETTERS = "gated", "GE*EGE"
 """A GPTModel with gated delta nets in three of four layers, as Qwen3-Next is; a hybrid model with some."""
-HIDDEN, LATENT = 32, 16
+LATENT = 16
 DELTA_NET = {
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 8,
@@ -115,16 +112,6 @@ def _delta_net() -> ModuleSpec:
 
 
 def _spec() -> ModuleSpec:
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
-        ),
-    )
-    network = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
     experts = get_moe_module_spec(use_te=False, num_experts=tiny.EXPERTS, moe_grouped_gemm=False)
 
     def layer(kind: type, **parts: Any) -> ModuleSpec:
@@ -137,8 +124,8 @@ def _spec() -> ModuleSpec:
         params={"post_layer_norm": False},
         submodules=HybridStackSubmodules(
             mamba_layer=ModuleSpec(module=Linear),
-            attention_layer=layer(TransformerLayer, self_attention=attention, **before),
-            mlp_layer=layer(TransformerLayer, mlp=network, **behind),
+            attention_layer=layer(TransformerLayer, self_attention=self_attention_spec(DotProductAttention), **before),
+            mlp_layer=layer(TransformerLayer, mlp=mlp_spec(), **behind),
             moe_layer=layer(MoETransformerLayer, mlp=experts, **behind),
             **(
                 {
@@ -149,33 +136,6 @@ def _spec() -> ModuleSpec:
                 else {}
             ),
         ),
-    )
-
-
-def configure(num_layers: int, **options: Any) -> TransformerConfig:
-    """Return the configuration of a tiny model, of a hybrid one or not."""
-    return TransformerConfig(
-        num_layers=num_layers,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        ffn_hidden_size=64,
-        num_moe_experts=tiny.EXPERTS,
-        moe_ffn_hidden_size=32,
-        moe_router_topk=tiny.TOPK,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        **options,
     )
 
 
@@ -192,7 +152,7 @@ def build(pattern: str, *, pre: bool = True, post: bool = True, vp_stage: int | 
         options = {**DELTA_NET, **options}
     if options.get("moe_latent_size"):
         moe_layer.HAVE_TE, moe_layer.TELinear = True, Projection
-    config = configure(
+    config = tiny.configure(
         len(pattern.partition("/")[0].replace("|", "")),
         mtp_num_layers=pattern.count("/") or None,
         is_hybrid_model=True,
@@ -217,9 +177,9 @@ def _build_gated(**options: Any) -> Any:
     """Build the GPTModel of `GATED`; Megatron's own spec of it wants TransformerEngine."""
     shared = {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True, "attention_output_gate": True}
     kind = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 4}
-    config = configure(4, **kind, **DELTA_NET, **shared, **options)
+    config = tiny.configure(4, **kind, **DELTA_NET, **shared, **options)
     # It refuses the attention that takes the place of its own.
-    spec = get_gpt_decoder_block_spec(configure(4, **shared, **options), use_transformer_engine=False)
+    spec = get_gpt_decoder_block_spec(tiny.configure(4, **shared, **options), use_transformer_engine=False)
     for at, layer in enumerate(spec.layer_specs):
         if at < 3:
             parts = dataclasses.replace(layer.submodules, self_attention=_delta_net())

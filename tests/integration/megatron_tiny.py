@@ -4,7 +4,7 @@ T: tokens; L: decoder layers; M: MoE layers; K: experts a token; E: experts of a
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ torch.set_num_threads(1)
 from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-SEQ, BATCH, EXPERTS, TOPK, VOCAB = 16, 2, 8, 2, 64
+SEQ, BATCH, EXPERTS, TOPK, VOCAB, HIDDEN = 16, 2, 8, 2, 64, 32
 LAYERS = (0, 1, 1, 1)
 MOE_LAYERS, TOKENS = sum(LAYERS), SEQ * BATCH
 
@@ -73,16 +74,14 @@ def start() -> None:
     model_parallel_cuda_manual_seed(1234)
 
 
-def build(**options: Any) -> torch.nn.Module:
-    """Build the model, of a dense layer and three MoE layers; the same weights each time."""
-    torch.manual_seed(7)
-    config = TransformerConfig(
-        num_layers=len(LAYERS),
-        hidden_size=32,
+def configure(num_layers: int, **options: Any) -> TransformerConfig:
+    """Return the configuration of a tiny model, of a hybrid one or not."""
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=HIDDEN,
         num_attention_heads=4,
         ffn_hidden_size=64,
         num_moe_experts=EXPERTS,
-        moe_layer_freq=list(LAYERS),
         moe_ffn_hidden_size=32,
         moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
@@ -102,6 +101,12 @@ def build(**options: Any) -> torch.nn.Module:
             **options,
         },
     )
+
+
+def build(**options: Any) -> torch.nn.Module:
+    """Build the model, of a dense layer and three MoE layers; the same weights each time."""
+    torch.manual_seed(7)
+    config = configure(len(LAYERS), moe_layer_freq=list(LAYERS), **options)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     model = GPTModel(config, spec, VOCAB, SEQ, position_embedding_type="rope").train()
     for router in routers(model):
@@ -119,10 +124,33 @@ def routers(model: torch.nn.Module) -> list[Any]:
 def forward(model: torch.nn.Module, **arguments: Any) -> torch.Tensor:
     """Return the [b, s] losses of a fixed micro-batch; the generator starts anew, for the jitter."""
     torch.manual_seed(11)
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQ))
+    return _losses(model, torch.randint(0, VOCAB, (BATCH, SEQ)), **arguments)
+
+
+def _losses(model: torch.nn.Module, tokens: torch.Tensor, **arguments: Any) -> torch.Tensor:
     positions = torch.arange(SEQ).expand(BATCH, SEQ)
     mask = torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1)
     return model(tokens, positions, mask, labels=tokens.roll(-1, 1), **arguments)
+
+
+def loop(chunks: list[Any], micro_batches: list[Any], forward_only: bool = False) -> None:
+    """Run a pass by Megatron's schedule, as any framework does; its forward_step knows no routes.
+
+    chunks: of this rank. micro_batches: StepInput each.
+    """
+
+    def forward_step(iterator: Iterator[Any], module: Any) -> Any:
+        return _losses(module, next(iterator).tokens), lambda losses: (losses.mean(), {})
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=SEQ,
+        micro_batch_size=BATCH,
+        forward_only=forward_only,
+    )
 
 
 def outcome(model: torch.nn.Module, losses: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 import csv
 import os
 import shutil
+import signal
+import sys
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -152,3 +154,36 @@ def other_series(world: World, root: Path) -> World:
         other.add_patch("alpha/1.0", "0001-other.patch", ALPHA_OLD, new)
         packages.lock("alpha", "1.0", site=released.site, root=root)
     return other
+
+
+def only_reads(event: str, args: tuple[object, ...]) -> bool:
+    """Tell whether an audit event is that of a file which is opened to be read."""
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    return event == "open" and isinstance(args[2], int) and not args[2] & writing
+
+
+def killed(number: int, is_step: Callable[[str, tuple[object, ...]], bool], call: Callable[[], object]) -> bool:
+    """Say whether a process that makes the call was ended by SIGKILL before its numbered step; else it had fewer.
+
+    is_step: tells of an audit event and its arguments whether it counts.
+    """
+    left = number
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        nonlocal left
+        if is_step(event, args):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            sys.addaudithook(hook)
+            call()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)

@@ -1,10 +1,7 @@
 """Whatever stops a run on a git tree, and wherever: nothing has changed, or the next run puts all right."""
 
 import importlib.util
-import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,38 +26,16 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 
 
-def kill_before_step(number: int, top: Path) -> None:
-    """End this process by SIGKILL when it is about to do the numbered step on the tree, from the journal on."""
-    left = [number]
-
-    def hook(event: str, args: tuple[object, ...]) -> None:
-        if event not in STEPS or not was_stopped(repo):
-            return
-        if event == "open" and isinstance(args[2], int) and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        if event != "subprocess.Popen" and not str(args[0]).startswith(str(top)):
-            return
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    repo = open_repo(top)
-    sys.addaudithook(hook)
-
-
 def killed(top: Path, world: World, verb: str, number: int) -> bool:
-    """Say whether a process that runs the verb was killed before its numbered step; else it had fewer."""
-    child = os.fork()
-    if not child:
-        try:
-            kill_before_step(number, top)
-            run(top, world, verb)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or status == 0
-    return os.WIFSIGNALED(status)
+    """Say whether a process that runs the verb was killed before its numbered step on the tree, from the journal on."""
+    repo = open_repo(top)
+
+    def is_step(event: str, args: tuple[object, ...]) -> bool:
+        if event not in STEPS or not was_stopped(repo) or made.only_reads(event, args):
+            return False
+        return event == "subprocess.Popen" or str(args[0]).startswith(str(top))
+
+    return made.killed(number, is_step, lambda: run(top, world, verb))
 
 
 def run(top: Path, world: World, verb: str) -> checkout.TreeOutcome:

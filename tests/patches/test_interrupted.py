@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,35 +20,14 @@ World, files_below = made.World, made.files_below
 STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.utime", "os.truncate"}
 
 
-def kill_before_step(number: int, site: Path) -> None:
-    """End this process by SIGKILL when it is about to do the numbered step below the site."""
-    left = [number]
-
-    def hook(event: str, args: tuple[object, ...]) -> None:
-        if event not in STEPS or not isinstance(args[0], str | Path) or not str(args[0]).startswith(str(site)):
-            return
-        if event == "open" and isinstance(args[2], int) and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
 def killed(world: World, move: str, number: int) -> bool:
-    """Say whether a process that makes the move was killed before its numbered step; else it had fewer."""
-    child = os.fork()
-    if not child:
-        try:
-            kill_before_step(number, world.site)
-            getattr(world, move)("alpha")
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or status == 0
-    return os.WIFSIGNALED(status)
+    """Say whether a process that makes the move was killed before its numbered step below the site."""
+
+    def is_step(event: str, args: tuple[object, ...]) -> bool:
+        below = event in STEPS and isinstance(args[0], str | Path) and str(args[0]).startswith(str(world.site))
+        return below and not made.only_reads(event, args)
+
+    return made.killed(number, is_step, lambda: getattr(world, move)("alpha"))
 
 
 def copied(world: World, folder: Path) -> World:

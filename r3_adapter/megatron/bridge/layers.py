@@ -101,9 +101,6 @@ def _local_hybrid_stack() -> Any:
     from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
     from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_layer import (
@@ -120,16 +117,6 @@ def _local_hybrid_stack() -> Any:
     mixer = ModuleSpec(
         module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     )
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=LocalAttention, linear_proj=RowParallelLinear
-        ),
-    )
-    network = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
     # How many experts a layer has, its configuration says.
     experts = get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False)
     behind = {"pre_mlp_layernorm": WrappedTorchNorm, "mlp_bda": get_bias_dropout_add}
@@ -143,10 +130,10 @@ def _local_hybrid_stack() -> Any:
             attention_layer=layer(
                 TransformerLayer,
                 input_layernorm=WrappedTorchNorm,
-                self_attention=attention,
+                self_attention=self_attention_spec(LocalAttention),
                 self_attn_bda=get_bias_dropout_add,
             ),
-            mlp_layer=layer(TransformerLayer, mlp=network, **behind),
+            mlp_layer=layer(TransformerLayer, mlp=mlp_spec(), **behind),
             moe_layer=layer(MoETransformerLayer, mlp=experts, **behind),
         ),
     )
@@ -205,3 +192,25 @@ def _core_attention(model_type: str, provider: Any, *, contiguous: bool) -> Any:
         raise ReplayError(f"{model_type}: cp_cut 'contiguous' is for plain rotary embeddings of whole heads alone")
     provider.position_embedding_type = "none"
     return contiguous_attention(provider.rotary_base)
+
+
+def self_attention_spec(core_attention: type) -> Any:
+    """Return the spec of Megatron's own self-attention, with a causal mask, around a core."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    parts = {"linear_qkv": ColumnParallelLinear, "core_attention": core_attention, "linear_proj": RowParallelLinear}
+    mask = {"attn_mask_type": AttnMaskType.causal}
+    return ModuleSpec(module=SelfAttention, params=mask, submodules=SelfAttentionSubmodules(**parts))
+
+
+def mlp_spec() -> Any:
+    """Return the spec of Megatron's own dense MLP."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(module=MLP, submodules=parts)
