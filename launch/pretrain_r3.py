@@ -89,7 +89,7 @@ def datasets_provider(
     from megatron.core import parallel_state as ps
     from megatron.training import get_args
 
-    from r3_adapter.megatron.batches import packed_room
+    from r3_adapter.megatron.batches import padded_length_of
     from r3_adapter.megatron.dataset import PackedRollouts, RolloutDataset, batches_of_rank
     from r3_adapter.megatron.replay import current_layout
 
@@ -102,7 +102,7 @@ def datasets_provider(
         number = max(total or 0, start)
         dataset: RolloutDataset | PackedRollouts
         if args.dataloader_inter_document_masking:
-            length = partial(packed_room, layout=current_layout())
+            length = partial(padded_length_of, layout=current_layout())
             dataset = PackedRollouts(
                 folders, num_sequences=number, seq_length=args.seq_length, padded_length=length, seed=args.seed
             )

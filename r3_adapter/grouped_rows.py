@@ -21,17 +21,17 @@ class GroupedRows:
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
-        rooms = [max(_LEAST, 1 << (count - 1).bit_length()) if count else 0 for count in counts]
-        self.experts = sorted((e for e, room in enumerate(rooms) if room), key=rooms.__getitem__)
+        capacities = [max(_LEAST, 1 << (count - 1).bit_length()) if count else 0 for count in counts]
+        self.experts = sorted((e for e, capacity in enumerate(capacities) if capacity), key=capacities.__getitem__)
         starts, self._parts, self._num_places = [0] * len(counts), list[tuple[slice, slice, int]](), 0
         at = 0
-        for room, group in groupby(self.experts, key=rooms.__getitem__):
+        for capacity, group in groupby(self.experts, key=capacities.__getitem__):
             first = self._num_places
             for expert in group:
                 starts[expert] = self._num_places
-                self._num_places += room
-            num = (self._num_places - first) // room
-            self._parts.append((slice(first, self._num_places), slice(at, at + num), room))
+                self._num_places += capacity
+            num = (self._num_places - first) // capacity
+            self._parts.append((slice(first, self._num_places), slice(at, at + num), capacity))
             at += num
         before = torch.tensor([0, *counts]).cumsum(0)[:-1]
         shift = torch.tensor(starts) - before
@@ -44,15 +44,15 @@ class GroupedRows:
     def through(self, padded: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         """Return [rows, out] each row times its expert's matrix; padded: [places, in]; matrices: [experts, in, out]."""
         out = padded.new_empty(self._num_places, matrices.shape[2])
-        for places, at, room in self._parts:
-            torch.bmm(_split(padded[places], room), matrices[at], out=_split(out[places], room))
+        for places, at, capacity in self._parts:
+            torch.bmm(_split(padded[places], capacity), matrices[at], out=_split(out[places], capacity))
         return out.index_select(0, self.place)
 
     def products(self, left: torch.Tensor, right: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield [a, b] each expert's left rows, transposed, times its right; left: [places, a]; right: [places, b]."""
-        for places, _, room in self._parts:
-            yield from torch.bmm(_split(left[places], room).transpose(1, 2), _split(right[places], room))
+        for places, _, capacity in self._parts:
+            yield from torch.bmm(_split(left[places], capacity).transpose(1, 2), _split(right[places], capacity))
 
 
-def _split(rows: torch.Tensor, room: int) -> torch.Tensor:
-    return rows.view(-1, room, rows.shape[1])
+def _split(rows: torch.Tensor, capacity: int) -> torch.Tensor:
+    return rows.view(-1, capacity, rows.shape[1])

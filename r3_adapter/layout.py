@@ -128,8 +128,8 @@ class Packing:
 
     qkv_format: "sbhd", every sample padded to one sequence length, rows in Megatron's order: row r is token r // b of
         sample r % b, of b samples; or "thd", the samples one after the other in a batch of 1.
-    rooms: the padded length of each sample. Padding at the end of a stream belongs to the padded length of the last
-        sample, or is a sample of no tokens.
+    padded_lengths: of each sample. Padding at the end of a stream belongs to the padded length of the last sample, or
+        is a sample of no tokens.
     cp_cut: "zigzag", a context parallel rank has two of 2 * cp chunks of each sample; or "contiguous", one of cp equal
         intervals: of each sample's sequence in "sbhd", of the whole stream in "thd", where a sample may lie on several
         ranks.
@@ -140,26 +140,29 @@ class Packing:
     """
 
     qkv_format: QkvFormat
-    rooms: tuple[int, ...]
+    padded_lengths: tuple[int, ...]
     cp_cut: CpCut = "zigzag"
 
     def __post_init__(self) -> None:
         check_choice("qkv_format", self.qkv_format, QkvFormat, LayoutError)
         check_choice("cp_cut", self.cp_cut, CpCut, LayoutError)
-        object.__setattr__(self, "rooms", tuple(_whole_numbers("rooms", self.rooms)))
-        if not self.rooms:
+        object.__setattr__(self, "padded_lengths", tuple(_whole_numbers("padded_lengths", self.padded_lengths)))
+        if not self.padded_lengths:
             raise LayoutError(f"a {self.qkv_format} micro-batch without samples")
-        for sample, room in enumerate(self.rooms):
-            if room < 0:
-                raise LayoutError(f"padded length ({room}) of sample {sample} < 0")
-            if self.qkv_format == "sbhd" and room != self.rooms[0]:
-                raise LayoutError(f"padded length ({room}) of sample {sample} != {self.rooms[0]} of sample 0 in sbhd")
+        for sample, padded_length in enumerate(self.padded_lengths):
+            if padded_length < 0:
+                raise LayoutError(f"padded length ({padded_length}) of sample {sample} < 0")
+            if self.qkv_format == "sbhd" and padded_length != self.padded_lengths[0]:
+                raise LayoutError(
+                    f"padded length ({padded_length}) of sample {sample} != {self.padded_lengths[0]} of sample 0 in "
+                    "sbhd"
+                )
 
     @classmethod
     def padded(cls, num_samples: int, seq_length: int, *, cp_cut: CpCut = "zigzag") -> "Packing":
         """Return the packing "sbhd" of samples that are padded to one length."""
-        room = check_whole("seq_length", seq_length, error=LayoutError)
-        return cls("sbhd", (room,) * check_whole("num_samples", num_samples, error=LayoutError), cp_cut)
+        length = check_whole("seq_length", seq_length, error=LayoutError)
+        return cls("sbhd", (length,) * check_whole("num_samples", num_samples, error=LayoutError), cp_cut)
 
     @classmethod
     def packed(
@@ -180,12 +183,12 @@ class Packing:
     @property
     def num_samples(self) -> int:
         """Number of samples of the micro-batch."""
-        return len(self.rooms)
+        return len(self.padded_lengths)
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens of the micro-batch, padding included."""
-        return sum(self.rooms)
+        return sum(self.padded_lengths)
 
 
 def _whole_numbers(name: str, numbers: Iterable[object]) -> list[int]:
@@ -203,13 +206,15 @@ def local_num_tokens(packing: Packing, layout: ParallelLayout) -> int:
         LayoutError: a sample that context parallelism, or rows that sequence parallelism does not divide.
     """
     cp, tp = layout.cp, layout.tp
-    length = packing.rooms[0] if packing.qkv_format == "sbhd" else packing.num_tokens
+    length = packing.padded_lengths[0] if packing.qkv_format == "sbhd" else packing.num_tokens
     if packing.cp_cut == "contiguous" and length % cp:
         raise LayoutError(f"cp ({cp}) does not divide the {length} sequence rows of a micro-batch in {_form(packing)}")
     if packing.cp_cut == "zigzag" and cp > 1:
-        for sample, room in enumerate(packing.rooms):
-            if room % (2 * cp):
-                raise LayoutError(f"2 * cp ({2 * cp}) does not divide padded length ({room}) of sample {sample}")
+        for sample, padded_length in enumerate(packing.padded_lengths):
+            if padded_length % (2 * cp):
+                raise LayoutError(
+                    f"2 * cp ({2 * cp}) does not divide padded length ({padded_length}) of sample {sample}"
+                )
     rows = length // cp
     if rows % tp:
         raise LayoutError(f"tp ({tp}) does not divide the {rows} sequence rows of a cp rank in {_form(packing)}")
@@ -263,15 +268,19 @@ def _cp_pieces(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return sample, first position and length of a rank's pieces, in the order of its rows; some of length 0."""
     samples = np.arange(packing.num_samples, dtype=np.int64)
-    rooms = np.array(packing.rooms, dtype=np.int64)
+    padded_lengths = np.array(packing.padded_lengths, dtype=np.int64)
     if cp == 1:
-        return samples, np.zeros_like(rooms), rooms
+        return samples, np.zeros_like(padded_lengths), padded_lengths
     if packing.cp_cut == "contiguous":
         # First position of a sample: 0 if each sample is cut by itself, else its place in the stream.
-        begins = np.zeros_like(rooms) if packing.qkv_format == "sbhd" else np.cumsum(rooms) - rooms
-        share = (packing.rooms[0] if packing.qkv_format == "sbhd" else packing.num_tokens) // cp
-        first = np.clip(cp_rank * share - begins, 0, rooms)
-        return samples, first, np.clip((cp_rank + 1) * share - begins, 0, rooms) - first
-    chunk = np.repeat(rooms // (2 * cp), 2)
+        begins = (
+            np.zeros_like(padded_lengths)
+            if packing.qkv_format == "sbhd"
+            else np.cumsum(padded_lengths) - padded_lengths
+        )
+        share = (packing.padded_lengths[0] if packing.qkv_format == "sbhd" else packing.num_tokens) // cp
+        first = np.clip(cp_rank * share - begins, 0, padded_lengths)
+        return samples, first, np.clip((cp_rank + 1) * share - begins, 0, padded_lengths) - first
+    chunk = np.repeat(padded_lengths // (2 * cp), 2)
     which = np.tile(np.array([cp_rank, 2 * cp - 1 - cp_rank], dtype=np.int64), packing.num_samples)
     return np.repeat(samples, 2), which * chunk, chunk

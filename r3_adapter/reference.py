@@ -43,7 +43,9 @@ def tokens_of_cp_rank(packing: Packing, cp: int, cp_rank: int) -> list[list[Toke
         megatron/core/utils.py@0.16.1:get_batch_on_this_cp_rank (views a sequence as 2 * cp chunks and selects two);
         megatron/core/models/common/embeddings/language_model_embedding.py@0.16.1: [b, s] becomes [s, b].
     """
-    sequences = [[(sample, pos) for pos in range(room)] for sample, room in enumerate(packing.rooms)]
+    sequences = [
+        [(sample, pos) for pos in range(padded_length)] for sample, padded_length in enumerate(packing.padded_lengths)
+    ]
     if packing.cp_cut == "contiguous":
         if packing.qkv_format == "thd":
             sequences = [[token for sequence in sequences for token in sequence]]

@@ -261,9 +261,10 @@ def _check_traces(traces: Sequence[RoutingTrace], packing: Packing) -> None:
         raise LayoutError(f"{len(traces)} traces != {packing.num_samples} samples of the packing")
     first = traces[0]
     for sample, trace in enumerate(traces):
-        if trace.num_tokens > packing.rooms[sample]:
+        if trace.num_tokens > packing.padded_lengths[sample]:
             raise LayoutError(
-                f"trace of {trace.num_tokens} tokens > padded length ({packing.rooms[sample]}) of sample {sample}"
+                f"trace of {trace.num_tokens} tokens > padded length ({packing.padded_lengths[sample]}) of "
+                f"sample {sample}"
             )
         for name in ("num_experts", "topk", "model"):
             if getattr(trace, name) != getattr(first, name):

@@ -47,7 +47,7 @@ def numpy_blocked(topk_ids: Arrays, segments: npt.NDArray[np.int64], layers: lis
 
 
 def torch_indexing(
-    topk_ids: Arrays, rooms: Sequence[int], cp: int, cp_rank: int, tp: int, tp_rank: int, layers: list[int]
+    topk_ids: Arrays, padded_lengths: Sequence[int], cp: int, cp_rank: int, tp: int, tp_rank: int, layers: list[int]
 ) -> list[Any]:
     """Return the ids of each local layer as trainers make them: sample by sample, then joined, cut and indexed.
 
@@ -57,9 +57,9 @@ def torch_indexing(
     import torch
 
     parts = []
-    for ids, room in zip(topk_ids, rooms, strict=True):
+    for ids, padded_length in zip(topk_ids, padded_lengths, strict=True):
         sample = torch.frombuffer(ids.data, dtype=torch.uint8).view(ids.shape).to(torch.int32)
-        sample = torch.nn.functional.pad(sample, (0, 0, 0, 0, 0, room - len(sample)))
+        sample = torch.nn.functional.pad(sample, (0, 0, 0, 0, 0, padded_length - len(sample)))
         if cp > 1:
             chunks = sample.chunk(2 * cp)
             sample = torch.cat([chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]])

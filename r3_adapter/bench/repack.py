@@ -162,12 +162,12 @@ def memory_of(traces: list[RoutingTrace]) -> npt.NDArray[np.uint8]:
 
 def make_step(name: str, traces: list[RoutingTrace], layout: ParallelLayout, layers: list[int], dtype: str) -> Step:
     unit = 2 * layout.cp if layout.cp > 1 else 1
-    rooms = [-(-trace.num_tokens // unit) * unit for trace in traces]
-    rooms[-1] += -sum(rooms) % (unit * layout.tp)
-    packing = Packing.packed(np.cumsum([0, *rooms]))
+    padded_lengths = [-(-trace.num_tokens // unit) * unit for trace in traces]
+    padded_lengths[-1] += -sum(padded_lengths) % (unit * layout.tp)
+    packing = Packing.packed(np.cumsum([0, *padded_lengths]))
     tokens = []
-    for trace, room in zip(traces, rooms, strict=True):
-        sample = np.zeros(room, dtype=np.int64)
+    for trace, padded_length in zip(traces, padded_lengths, strict=True):
+        sample = np.zeros(padded_length, dtype=np.int64)
         sample[: trace.num_tokens] = trace.token_ids
         chunks = np.split(sample, 2 * layout.cp) if layout.cp > 1 else [sample]
         tokens.append(np.concatenate([chunks[0], chunks[-1]]) if layout.cp > 1 else sample)
@@ -273,7 +273,7 @@ def measure_others(step: Step, repeats: int = 3) -> dict[str, Any]:
         return result
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "The given buffer is not writable")  # and it is not written
-    arguments = (ids, step.packing.rooms, step.layout.cp, 0, step.layout.tp, 0, step.layers)
+    arguments = (ids, step.packing.padded_lengths, step.layout.cp, 0, step.layout.tp, 0, step.layers)
     layers = baselines.torch_indexing(*arguments)
     check(step, routes, "torch_indexing", np.stack([layer.numpy() for layer in layers]))
     del layers

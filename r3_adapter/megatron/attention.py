@@ -47,16 +47,18 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         """Attend; query, key, value: [t, b, heads, head_dim], without b if packed. attention_mask is ignored."""
         group = ps.get_context_parallel_group()
         if packed_seq_params is None:
-            rooms = [len(query) * group.size()]
+            padded_lengths = [len(query) * group.size()]
         else:
             # Without padding between the sequences Megatron leaves the padded bounds out.
             padded = packed_seq_params.cu_seqlens_q_padded
-            rooms = (packed_seq_params.cu_seqlens_q if padded is None else padded).diff().tolist()
+            padded_lengths = (packed_seq_params.cu_seqlens_q if padded is None else padded).diff().tolist()
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        if packed_seq_params is not None and group.size() == 1 and len(rooms) > 1:
-            return self._by_sequence(query, key, value, rooms, **kwargs)
-        places = [_places(rooms, group.size(), rank, self.cp_cut).to(query.device) for rank in range(group.size())]
-        query, key = self.positioned(query, key, places[group.rank()][:, 1], max(rooms))
+        if packed_seq_params is not None and group.size() == 1 and len(padded_lengths) > 1:
+            return self._by_sequence(query, key, value, padded_lengths, **kwargs)
+        places = [
+            _places(padded_lengths, group.size(), rank, self.cp_cut).to(query.device) for rank in range(group.size())
+        ]
+        query, key = self.positioned(query, key, places[group.rank()][:, 1], max(padded_lengths))
         own, everybody = places[group.rank()][:, None], torch.cat(places)[None]
         masked = (own[..., 0] != everybody[..., 0]) | (own[..., 1] < everybody[..., 1])
         if self.window is not None:
@@ -67,17 +69,17 @@ class LocalAttention(DotProductAttention):  # type: ignore[misc]
         return out if packed_seq_params is None else out.squeeze(1)
 
     def _by_sequence(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rooms: Sequence[int], **kwargs: Any
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padded_lengths: Sequence[int], **kwargs: Any
     ) -> torch.Tensor:
         """Attend in each packed sequence by itself: a mask over all of them would cost the square of their sum.
 
         query, key, value: [t, 1, heads, head_dim]; returns [t, heads * head_dim].
         """
-        longest = max(rooms)
-        step, room = torch.arange(longest)[:, None], torch.tensor(rooms)
-        within = step < room
+        longest = max(padded_lengths)
+        step, lengths = torch.arange(longest)[:, None], torch.tensor(padded_lengths)
+        within = step < lengths
         # Places behind a sequence's end hold any token: no query of the sequence sees them.
-        at = (torch.where(within, step, 0) + room.cumsum(0) - room).to(query.device)
+        at = (torch.where(within, step, 0) + lengths.cumsum(0) - lengths).to(query.device)
         query, key, value = (part[at, 0] for part in (query, key, value))
         query, key = self.positioned(query, key, step[:, 0].to(query.device), longest)
         masked = step < step.T
@@ -114,7 +116,7 @@ def contiguous_attention(rotary_base: float) -> type[LocalAttention]:
     return ContiguousAttention
 
 
-def _places(rooms: Sequence[int], cp_size: int, cp_rank: int, cp_cut: CpCut) -> torch.Tensor:
+def _places(padded_lengths: Sequence[int], cp_size: int, cp_rank: int, cp_cut: CpCut) -> torch.Tensor:
     """Return [t, 2] the sequence and position of each token of a rank: two chunks of each sequence, one from each end.
 
     Of a contiguous cut, an interval of all sequences one after the other.
@@ -122,8 +124,8 @@ def _places(rooms: Sequence[int], cp_size: int, cp_rank: int, cp_cut: CpCut) -> 
     Source: megatron/core/utils.py@0.16.1:get_batch_on_this_cp_rank
     """
     parts = []
-    for sequence, room in enumerate(rooms):
-        positions = torch.arange(room)
+    for sequence, padded_length in enumerate(padded_lengths):
+        positions = torch.arange(padded_length)
         if cp_size > 1 and cp_cut == "zigzag":
             chunks = positions.chunk(2 * cp_size)
             positions = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])

@@ -51,11 +51,11 @@ class MicroBatch:
             return None
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        padded = _cumulated(self.packing.rooms, self.tokens.device)
+        padded = _cumulated(self.packing.padded_lengths, self.tokens.device)
         lengths = padded if with_padding else _cumulated([each.num_tokens for each in self.traces], padded.device)
-        longest = max(self.packing.rooms)
+        longest = max(self.packing.padded_lengths)
         # A mixer of Mamba starts anew with each sequence only if it is told how many tokens there are.
-        total = {"total_tokens": sum(self.packing.rooms)} if hasattr(PackedSeqParams, "total_tokens") else {}
+        total = {"total_tokens": sum(self.packing.padded_lengths)} if hasattr(PackedSeqParams, "total_tokens") else {}
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=lengths,
@@ -89,7 +89,7 @@ def micro_batches(
     coords = layout.coords(rank)
     if len(samples) % (size * layout.dp):
         raise LayoutError(f"{len(samples)} samples are not a multiple of micro-batch ({size}) x dp ({layout.dp})")
-    longest = max((packed_room(sample.trace.num_tokens, layout) for sample in samples), default=0)
+    longest = max((padded_length_of(sample.trace.num_tokens, layout) for sample in samples), default=0)
     batches = []
     for start in range(coords.dp_rank * size, len(samples), size * layout.dp):
         chosen = range(start, start + size)
@@ -108,8 +108,10 @@ def places_as_cut(packing: Packing, cp: int, cp_rank: int) -> npt.NDArray[np.int
     The tokens themselves are cut, as Megatron cuts a batch. The segments of `layout`, by which routes are cut, have no
     part in it, so a proof that uses both shows when they are wrong.
     """
-    longest = max(1, *packing.rooms)
-    tokens = [np.arange(room) + sample * longest for sample, room in enumerate(packing.rooms)]
+    longest = max(1, *packing.padded_lengths)
+    tokens = [
+        np.arange(padded_length) + sample * longest for sample, padded_length in enumerate(packing.padded_lengths)
+    ]
     return np.stack(np.divmod(own_cut(tokens, packing, cp)(cp_rank), longest), axis=-1)
 
 
@@ -134,7 +136,7 @@ def packed_micro_batch(
     return _build(samples, range(len(samples)), packing, places, device)
 
 
-def packed_room(num_tokens: int, layout: ParallelLayout) -> int:
+def padded_length_of(num_tokens: int, layout: ParallelLayout) -> int:
     """Return what a sample takes of a packed micro-batch; its last token is not fed."""
     return _round_up(num_tokens - 1, 2 * layout.tp * layout.cp)
 
@@ -143,15 +145,15 @@ def _packed(samples: Sequence[Sample], layout: ParallelLayout, cp_cut: CpCut, se
     """Return the packing of samples whose last tokens are not fed; only a zigzag wants padding in each of them."""
     lengths = [sample.trace.num_tokens for sample in samples]
     if cp_cut == "zigzag":
-        rooms = [packed_room(length, layout) for length in lengths]
+        padded_lengths = [padded_length_of(length, layout) for length in lengths]
     else:
-        rooms = [length - 1 for length in lengths]
-        rooms[-1] += -sum(rooms) % (layout.tp * layout.cp)
+        padded_lengths = [length - 1 for length in lengths]
+        padded_lengths[-1] += -sum(padded_lengths) % (layout.tp * layout.cp)
     if seq_length is not None:
-        if (needed := sum(rooms)) > seq_length:
+        if (needed := sum(padded_lengths)) > seq_length:
             raise LayoutError(f"{len(samples)} samples, padded: {needed} tokens > sequence length ({seq_length})")
-        rooms[-1] += seq_length - needed
-    return Packing.packed(np.cumsum([0, *rooms]), cp_cut=cp_cut)
+        padded_lengths[-1] += seq_length - needed
+    return Packing.packed(np.cumsum([0, *padded_lengths]), cp_cut=cp_cut)
 
 
 def packed_places(packing: Packing, cp: int, cp_rank: int) -> npt.NDArray[np.int64]:
@@ -189,7 +191,7 @@ def _build(
 ) -> MicroBatch:
     mine = [samples[i] for i in chosen]
     # All samples one after the other, each with one more than its padded length, for the last position's label.
-    starts = np.cumsum([0, *(room + 1 for room in packing.rooms)])
+    starts = np.cumsum([0, *(padded_length + 1 for padded_length in packing.padded_lengths)])
     ids, trained = np.zeros(starts[-1], np.int64), np.zeros(starts[-1], np.bool_)
     for start, sample in zip(starts[:-1], mine, strict=True):
         stop = start + sample.trace.num_tokens

@@ -63,8 +63,8 @@ def check_shape(tokens: torch.Tensor, packing: Packing, cp: int) -> None:
     Raises:
         LayoutError: Names both shapes.
     """
-    shape, samples, room = tuple(tokens.shape), packing.num_samples, packing.rooms[0]
-    full = (samples, room) if packing.qkv_format == "sbhd" else (1, packing.num_tokens)
+    shape, samples, padded_length = tuple(tokens.shape), packing.num_samples, packing.padded_lengths[0]
+    full = (samples, padded_length) if packing.qkv_format == "sbhd" else (1, packing.num_tokens)
     want = (full[0], full[1] // cp)
     if shape == want:
         return
@@ -116,7 +116,7 @@ def name_cut(
 
     tokens: [b, s / cp] or [1, t / cp].
     """
-    cp, rows = layout.cp, [np.full(room, _NO_TOKEN, np.int64) for room in packing.rooms]
+    cp, rows = layout.cp, [np.full(padded_length, _NO_TOKEN, np.int64) for padded_length in packing.padded_lengths]
     if len(traces) != len(rows) or any(len(row) < trace.num_tokens for row, trace in zip(rows, traces, strict=True)):
         return ""
     for row, trace in zip(rows, traces, strict=True):

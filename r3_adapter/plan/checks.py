@@ -93,11 +93,13 @@ def _batch(request: PlanRequest) -> Iterator[Check]:
     samples = f"samples {batch.num_prompts} * {batch.samples_per_prompt}"
     yield divides("batch: samples", by, parts, samples, batch.num_samples)
     multiple = length_multiple(layout)
-    room = -(-batch.max_length // multiple) * multiple
+    padded_length = -(-batch.max_length // multiple) * multiple
     yield _tried(
         "batch: lengths",
         lambda: batch.local_tokens(batch.max_length, layout),
-        lambda: f"padded to multiples of 2 * tp * cp ({multiple}); the longest, {batch.max_length:,}, to {room:,}",
+        lambda: (
+            f"padded to multiples of 2 * tp * cp ({multiple}); the longest, {batch.max_length:,}, to {padded_length:,}"
+        ),
     )
     if layout.vpp > 1:
         yield _interleaving(batch.num_micro_batches(layout), layout.pp)

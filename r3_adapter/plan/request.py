@@ -72,8 +72,8 @@ class Batch:
     def local_tokens(self, length: int, layout: ParallelLayout) -> int:
         """Return T, the tokens of a rank's MoE layers in a micro-batch of samples of this length, padding included."""
         multiple = length_multiple(layout)
-        room = -(-length // multiple) * multiple
-        return local_num_tokens(Packing.packed([room * i for i in range(self.micro_batch_size + 1)]), layout)
+        padded_length = -(-length // multiple) * multiple
+        return local_num_tokens(Packing.packed([padded_length * i for i in range(self.micro_batch_size + 1)]), layout)
 
 
 def length_multiple(layout: ParallelLayout) -> int:

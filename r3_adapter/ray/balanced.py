@@ -90,24 +90,24 @@ def _packed(part: Plan, layout: ParallelLayout, placed: Placed | None, seed: int
     longest = max(sum(item.ref.num_tokens for item in batch) for rank in part for batch in rank)
     placed = identity(*counts.shape[1:]) if placed is None else placed
 
-    def compose(room: int) -> Composed | None:
+    def compose(limit: int) -> Composed | None:
         sizes = {"num_parts": parts, "num_groups": groups, "num_steps": num_steps, "seed": seed}
         try:
-            found = compose_parts(tokens, counts, placed, layout.ep, room, **sizes)
+            found = compose_parts(tokens, counts, placed, layout.ep, limit, **sizes)
         except LayoutError:
-            if room >= tokens.sum():
+            if limit >= tokens.sum():
                 raise
             return None
         return found if found.num_steps == num_steps else None
 
     # Where samples do not fit into as many micro-batches, there is more room for them.
-    room = longest
-    while (composed := compose(room)) is None:
-        room = int(room * _MORE_ROOM) + 1
+    limit = longest
+    while (composed := compose(limit)) is None:
+        limit = int(limit * _MORE_ROOM) + 1
     if max_received is not None:
         tight = -(-int(tokens.sum()) // (num_steps * parts))
-        rooms = [int(tight * _MORE_ROOM**power) + 1 for power in range(_TRIES)]
-        others = (each for each in map(compose, rooms) if each is not None)
+        limits = [int(tight * _MORE_ROOM**power) + 1 for power in range(_TRIES)]
+        others = (each for each in map(compose, limits) if each is not None)
         composed = _within(max_received, composed, others, counts, placed, layout.ep)
     return [[[items[index] for index in batch] for batch in rank] for rank in composed.micro_batches()]
 

@@ -16,9 +16,9 @@ from r3_adapter.reference import tokens_of_cp_rank
     st.sampled_from([1, 2, 3, 4]),
     st.sampled_from(get_args(CpCut)),
 )
-def test_places_are_the_oracles(rooms: list[int], cp: int, cp_cut: CpCut) -> None:
+def test_places_are_the_oracles(units: list[int], cp: int, cp_cut: CpCut) -> None:
     unit = 2 * cp if cp_cut == "zigzag" else 1
-    lengths = [unit * room for room in rooms]
+    lengths = [unit * number for number in units]
     packing = Packing.packed(np.cumsum([0, *lengths, -sum(lengths) % cp]), cp_cut=cp_cut)
     for cp_rank in range(cp):
         want = np.array(tokens_of_cp_rank(packing, cp, cp_rank), np.int64).reshape(1, -1, 2)

@@ -81,10 +81,10 @@ class Case(NamedTuple):
 def input_ids(case, cp_rank):
     """Return the micro-batch's tokens as a context parallel rank's embedding gets them; padding is -7."""
     rows = reference.tokens_of_cp_rank(case.packing, case.layout.cp, cp_rank)
-    rooms = [np.full(room, -7, dtype=np.int64) for room in case.packing.rooms]
-    for room, trace in zip(rooms, case.traces, strict=True):
-        room[: trace.num_tokens] = trace.token_ids
-    tokens = np.array([[rooms[sample][pos] for sample, pos in row] for row in rows], dtype=np.int64)
+    padded = [np.full(length, -7, dtype=np.int64) for length in case.packing.padded_lengths]
+    for each, trace in zip(padded, case.traces, strict=True):
+        each[: trace.num_tokens] = trace.token_ids
+    tokens = np.array([[padded[sample][pos] for sample, pos in row] for row in rows], dtype=np.int64)
     return tokens.T if case.packing.qkv_format == "sbhd" else tokens.reshape(-1)
 
 
@@ -138,8 +138,8 @@ def make_case(draw, layout, topk=None, num_experts=None, dtype=None):
     stages = [layer_ids[stage :: layout.pp] for stage in range(layout.pp)]
     packing = make_packing(draw, layout, num_samples=draw(st.integers(1, 3)))
     traces = [
-        make_trace(rng, draw(st.integers(0, room)), layer_ids, topk, num_experts, ["a", "b", "c"][sample:])
-        for sample, room in enumerate(packing.rooms)
+        make_trace(rng, draw(st.integers(0, padded_length)), layer_ids, topk, num_experts, ["a", "b", "c"][sample:])
+        for sample, padded_length in enumerate(packing.padded_lengths)
     ]
     return Case(traces, packing, layout, stages, dtype)
 
@@ -184,7 +184,11 @@ def check_last_rows(case):
     for found, wanted in zip(native, slow, strict=True):
         assert_same_routes(found, wanted)
     tokens = [place for shard in native for place in expand(shard.segments)[:, :2].tolist()]
-    every = [[sample, pos] for sample, room in enumerate(case.packing.rooms) for pos in range(room)]
+    every = [
+        [sample, pos]
+        for sample, padded_length in enumerate(case.packing.padded_lengths)
+        for pos in range(padded_length)
+    ]
     assert sorted(tokens) == sorted(every * case.layout.pp)
     last = sum(trace.num_tokens > 0 and not trace.captured[-1] for trace in case.traces)
     fed = sum(trace.num_tokens for trace in case.traces)
@@ -271,15 +275,15 @@ def test_padding_loads_experts_and_their_ranks_evenly(data):
 @settings(max_examples=4)
 @given(data=st.data())
 def test_packed_samples_padded_for_fp8(align, data):
-    """Each sample's room, or only the stream with a tail of its own, is padded to what FP8 kernels want of a rank."""
+    """Each sample, or only the stream with a tail of its own, is padded to what FP8 kernels want of a rank."""
     layout = data.draw(st.sampled_from([x for x in LAYOUTS if x.world_size <= 8 and x.tp * x.cp > 1]))
     case = make_case(data.draw, layout, num_experts=layout.ep * 2, topk=1)
     whole, cp_cut = align * layout.tp * layout.cp * 2, data.draw(st.sampled_from(["zigzag", "contiguous"]))
     lengths = [trace.num_tokens for trace in case.traces]
     each = whole if data.draw(st.booleans()) else (2 * layout.cp if cp_cut == "zigzag" else 1)
-    rooms = [-(-length // each) * each for length in lengths]
-    tail, traces = -sum(rooms) % whole, [*case.traces, replace(case.traces[0].rows(0, 0), weight_versions=())]
-    packing = Packing.packed(np.cumsum([0, *rooms, tail]), cp_cut=cp_cut)
+    padded_lengths = [-(-length // each) * each for length in lengths]
+    tail, traces = -sum(padded_lengths) % whole, [*case.traces, replace(case.traces[0].rows(0, 0), weight_versions=())]
+    packing = Packing.packed(np.cumsum([0, *padded_lengths, tail]), cp_cut=cp_cut)
     padded = case._replace(traces=traces, packing=packing)
     check(padded)
     assert all(shard.topk_ids.shape[1] % align == 0 for shard in padded.repack_all())
@@ -289,10 +293,14 @@ def case_with_routes(draw):
     """Return a case with a token and all layers captured, and its shards."""
     case = make_case(draw, draw(st.sampled_from([x for x in LAYOUTS if x.world_size > 1])))
     if not any(trace.num_tokens for trace in case.traces):
-        packing = case.packing if all(case.packing.rooms) else Packing.padded(1, 2 * case.layout.cp * case.layout.tp)
+        packing = (
+            case.packing if all(case.packing.padded_lengths) else Packing.padded(1, 2 * case.layout.cp * case.layout.tp)
+        )
         rng, first = np.random.default_rng(0), case.traces[0]
         args = (first.layer_ids.tolist(), first.topk, first.num_experts, ["a"])
-        case = case._replace(packing=packing, traces=[make_trace(rng, room, *args) for room in packing.rooms])
+        case = case._replace(
+            packing=packing, traces=[make_trace(rng, padded_length, *args) for padded_length in packing.padded_lengths]
+        )
     return case
 
 

@@ -37,8 +37,8 @@ def test_budgets_are_the_rows_that_each_ranks_experts_get(seed, sizes):
             mine = np.random.default_rng([seed, batch, layout.coords(rank).dp_rank])
             traces = [a_trace(mine, int(mine.integers(3, 30))) for _ in range(2)]
             multiple = 2 * tp
-            rooms = [-(-trace.num_tokens // multiple) * multiple for trace in traces]
-            packing = Packing.packed(np.cumsum([0, *rooms]))
+            padded_lengths = [-(-trace.num_tokens // multiple) * multiple for trace in traces]
+            packing = Packing.packed(np.cumsum([0, *padded_lengths]))
             own.append(repack(traces, packing, layout, rank, layer_ids=LAYERS))
         routes.append(own)
         rows.append([each.topk_ids.shape[1] * 2 for each in own])

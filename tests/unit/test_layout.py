@@ -113,7 +113,9 @@ def test_sequence_parallel_ranks_cut_the_rows_of_their_context_parallel_rank():
 def test_ranks_of_a_copy_share_every_token_once(sizes, packing):
     tp, pp, cp, dp = sizes
     layout = ParallelLayout(tp=tp, pp=pp, cp=cp, dp=dp, etp=1)
-    every = sorted((sample, pos) for sample, room in enumerate(packing.rooms) for pos in range(room))
+    every = sorted(
+        (sample, pos) for sample, padded_length in enumerate(packing.padded_lengths) for pos in range(padded_length)
+    )
     copies: dict = {}
     for rank in range(layout.world_size):
         place = layout.coords(rank)

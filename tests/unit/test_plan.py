@@ -100,8 +100,8 @@ def test_a_rank_gets_arrays_of_the_size_that_the_plan_says(sizes_of_layout):
     request = request_of(config, layout)
     stages, facts, batch = request.stages(), request.model.facts, request.batch
     for length, field in ((batch.mean_length, "micro_batch"), (batch.max_length, "max_micro_batch")):
-        room = -(-length // (2 * tp * cp)) * 2 * tp * cp
-        packing = Packing.packed([0, room, 2 * room])
+        padded_length = -(-length // (2 * tp * cp)) * 2 * tp * cp
+        packing = Packing.packed([0, padded_length, 2 * padded_length])
         traces = traces_of(facts, [length] * 2)
         for rank in range(layout.world_size):
             pp_rank = layout.coords(rank).pp_rank

@@ -124,7 +124,7 @@ def _run(
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
-            seq_length=max(each.packing.rooms[0] for each in batches),
+            seq_length=max(each.packing.padded_lengths[0] for each in batches),
             micro_batch_size=batches[0].packing.num_samples,
             forward_only=objective is None,
             collect_non_loss_data=objective is None,
