@@ -19,7 +19,7 @@ from r3_adapter.processes import guarded
 from r3_adapter.proof.prove import check_fits
 from r3_adapter.proof.scoring import score
 from r3_adapter.proof.tiny import ENGINE, TinyModel, write_checkpoint
-from r3_adapter.report import Comparison, Tick, comparison_table, plot_comparison, progress_bars
+from r3_adapter.report import Comparison, ProgressCallback, comparison_table, plot_comparison, progress_bars
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess
 from r3_adapter.sglang.facts import ModelFacts
@@ -46,12 +46,12 @@ def main() -> None:
         raise R3Error(f"--samples ({args.samples}) is no multiple of micro-batch ({MICRO_BATCH}) x dp ({layout.dp})")
     make_folder(args.out)
     waits = {"rollout": "the engine starts", "trainer": "after the rollout"}
-    with tempfile.TemporaryDirectory() as name, progress_bars(waits) as ticks:
+    with tempfile.TemporaryDirectory() as name, progress_bars(waits) as progress:
         checkpoint = Path(name)
         write_checkpoint(checkpoint, dtype=args.dtype, seed=args.seed)
         facts = ModelFacts.from_checkpoint(checkpoint)
-        samples = roll_out(checkpoint, args.dtype, args.samples, args.seed, ticks[0])
-        scores = score(checkpoint, samples, layout, TrainerOptions(micro_batch_size=MICRO_BATCH), progress=ticks[1])
+        samples = roll_out(checkpoint, args.dtype, args.samples, args.seed, progress[0])
+        scores = score(checkpoint, samples, layout, TrainerOptions(micro_batch_size=MICRO_BATCH), progress=progress[1])
     rollout = np.concatenate([sample.logprobs for sample in samples])
     trainer = {mode: np.concatenate(found.logprobs) for mode, found in scores.items()}
     sides = {
@@ -74,13 +74,13 @@ def main() -> None:
     console.print(f"written: {args.out}/report.json, {args.out}/report.png")
 
 
-def roll_out(checkpoint: Path, dtype: str, num_samples: int, seed: int, tick: Tick) -> list[Sample]:
+def roll_out(checkpoint: Path, dtype: str, num_samples: int, seed: int, progress: ProgressCallback) -> list[Sample]:
     """Generate from random prompts, each from its own tokens so that no two share a prefix."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(3, TinyModel().vocab_size, (num_samples, PROMPT_TOKENS)).tolist()
     settings = EngineSettings(model_path=str(checkpoint), dtype=dtype, random_seed=seed, **ENGINE)
     params = {"temperature": 1.0, "max_new_tokens": RESPONSE_TOKENS, "ignore_eos": True}
-    return rollout_in_subprocess(settings, prompts, params, batch_size=16, progress=tick)
+    return rollout_in_subprocess(settings, prompts, params, batch_size=16, progress=progress)
 
 
 def payload_sizes(samples: Sequence[Sample], facts: ModelFacts) -> dict[str, float]:

@@ -25,11 +25,11 @@ from rich.text import Text
 from r3_adapter.metrics import Gap, Logprobs, gap
 from r3_adapter.signals import say
 
-_FIGURES = (("reward", "reward"), ("eval reward", "eval_reward"), ("k3", "k3"), ("gradient norm", "grad_norm"))
+_METRICS = (("reward", "reward"), ("eval reward", "eval_reward"), ("k3", "k3"), ("gradient norm", "grad_norm"))
 QUIET_S = 30.0
 """Between two lines of steps that have no metrics."""
 
-Tick = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
 
 
@@ -126,7 +126,7 @@ class _DoneColumn(MofNCompleteColumn):
 
 
 @contextmanager
-def progress_bars(names: Mapping[str, str]) -> Iterator[list[Tick]]:
+def progress_bars(names: Mapping[str, str]) -> Iterator[list[ProgressCallback]]:
     """Show a bar for each name on stderr, or lines where that is no terminal; yield the functions that move them.
 
     names: each with what is going on before it is first moved; the first one is under way at once.
@@ -143,7 +143,7 @@ def progress_bars(names: Mapping[str, str]) -> Iterator[list[Tick]]:
             for index, (name, before) in enumerate(names.items())
         ]
 
-        def ticker(task: Any) -> Tick:
+        def ticker(task: Any) -> ProgressCallback:
             def tick(done: int, total: int) -> None:
                 progress.start_task(task)
                 progress.update(task, completed=done, total=total)
@@ -153,7 +153,7 @@ def progress_bars(names: Mapping[str, str]) -> Iterator[list[Tick]]:
         yield [ticker(task) for task in tasks]
 
 
-def _lines(name: str) -> Tick:
+def _lines(name: str) -> ProgressCallback:
     """Return what says how far something is: as it begins, at most every half minute, and at its end."""
     start = said = time.monotonic()
     last = -1
@@ -190,20 +190,20 @@ def run_progress(name: str, total: int, done: int = 0) -> Iterator[Show]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[metrics]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(escape(name), total=total, completed=done, figures="")
+        task = progress.add_task(escape(name), total=total, completed=done, metrics="")
 
         def show(done: int, step: Mapping[str, Any], note: str = "") -> None:
             # After a fault of the trainer, steps are made again.
-            progress.update(task, completed=done, figures=_figures(step, note))
+            progress.update(task, completed=done, metrics=_metrics_line(step, note))
 
         yield show
 
 
 def _step_lines(name: str, total: int) -> Show:
-    """Return what says each step in a line; steps without figures are said at most every half minute."""
+    """Return what says each step in a line; steps without metrics are said at most every half minute."""
     said = time.monotonic()
 
     def show(done: int, step: Mapping[str, Any], note: str = "") -> None:
@@ -211,15 +211,15 @@ def _step_lines(name: str, total: int) -> Show:
         now = time.monotonic()
         if step or done == total or now - said >= QUIET_S:
             said = now
-            say(f"{name}: step {done} of {total}  {_figures(step, note)}".rstrip())
+            say(f"{name}: step {done} of {total}  {_metrics_line(step, note)}".rstrip())
 
     return show
 
 
-def _figures(step: Mapping[str, Any], note: str) -> str:
+def _metrics_line(step: Mapping[str, Any], note: str) -> str:
     """Return what a step's line has: reward, k3, gradient norm, rows and seconds, as far as they are recorded."""
     rows, seconds = step.get("rows", {}), step.get("seconds", {})
-    said = [f"{label} {step[key]:.3g}" for label, key in _FIGURES if key in step]
+    said = [f"{label} {step[key]:.3g}" for label, key in _METRICS if key in step]
     if step.get("grad_norm") == 0:
         said[-1] += " (nothing to learn: the samples of each prompt have the same reward)"
     if "replayed" in rows:

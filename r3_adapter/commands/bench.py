@@ -64,8 +64,8 @@ def _bench_replay(args: argparse.Namespace) -> int:
     from r3_adapter.bench.replay import bench_replay
     from r3_adapter.report import progress_bars
 
-    with progress_bars({"steps": "the trainer starts"}) as (tick,):
-        figures = bench_replay(pairs=args.pairs, progress=tick)
+    with progress_bars({"steps": "the trainer starts"}) as (progress,):
+        figures = bench_replay(pairs=args.pairs, progress=progress)
     print_json(figures, args.json)
     return 0
 
@@ -75,9 +75,9 @@ def _bench_capture(args: argparse.Namespace) -> int:
     from r3_adapter.bench.capture import bench_capture
     from r3_adapter.report import progress_bars
 
-    with progress_bars({"turns": "the engine starts"}) as (tick,):
+    with progress_bars({"turns": "the engine starts"}) as (progress,):
         shape = {"shape": args.shape, "num_layers": args.layers, "device": args.device, "extra": args.sglang_args}
-        figures = bench_capture(pairs=args.pairs, progress=tick, **shape)
+        figures = bench_capture(pairs=args.pairs, progress=progress, **shape)
     print_json(figures, args.json)
     return 0
 

@@ -107,7 +107,7 @@ def _prove(args: argparse.Namespace) -> int:
     model = model_of(args)
     check_fits(layout, options, model, scene, engine)
     starts = "the engine starts" if model.engine == "sglang" else "the model is loaded"
-    with progress_bars({"rollout": starts, "trainer": "after the rollout"}) as ticks:
+    with progress_bars({"rollout": starts, "trainer": "after the rollout"}) as progress:
         verdict = prove(
             layout,
             options,
@@ -117,6 +117,6 @@ def _prove(args: argparse.Namespace) -> int:
             engine=engine,
             injection=args.inject,
             place=args.place,
-            ticks=ticks,
+            progress=progress,
         )
     return print_verdict(verdict, args.json)

@@ -59,7 +59,7 @@ def prove_url(args: argparse.Namespace, layout: "ParallelLayout", options: "Trai
     from r3_adapter.proof.server import NUM_SAMPLES, prove_server
     from r3_adapter.report import progress_bars
 
-    with progress_bars({"server": "is asked what it runs", "trainer": "after the server"}) as ticks:
+    with progress_bars({"server": "is asked what it runs", "trainer": "after the server"}) as progress:
         verdict = prove_server(
             args.url,
             Path(args.model),
@@ -70,6 +70,6 @@ def prove_url(args: argparse.Namespace, layout: "ParallelLayout", options: "Trai
             num_samples=args.samples or NUM_SAMPLES,
             injection=args.inject,
             proxy=args.proxy,
-            ticks=ticks,
+            progress=progress,
         )
     return print_verdict(verdict, args.json)

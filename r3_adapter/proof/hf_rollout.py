@@ -16,13 +16,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from r3_adapter.errors import CaptureError
+from r3_adapter.report import ProgressCallback
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.facts import ModelFacts, read_config
 from r3_adapter.sglang.meta_model import modules_of
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
 
-Tick = Callable[[int, int], None]
 Choose = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """Given a layer id, the router's ids [T, K] and the scores [T, E] that it took them from: the ids that it is to use."""
 
@@ -63,14 +63,14 @@ def hf_rollout(
     seed: int,
     perturb: Perturbation | None = None,
     replay: Sequence[RoutingTrace] | None = None,
-    tick: Tick = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> list[Sample]:
     """Generate token by token in float32, with a cache, all samples side by side; record what the experts were given.
 
     perturb: the share of routes that get other experts, among those that the router may choose; weights
         stay the family's own scores at them.
     replay: routes to use in place of the routers' choice, of samples with the same tokens.
-    tick: progress, in samples.
+    progress: in samples.
 
     Raises:
         CaptureError: A model whose routers are not known here, or whose experts were given others than were chosen.
@@ -108,7 +108,7 @@ def hf_rollout(
                 token = request.given(stop) if stop < lengths[i] else 0
                 tokens[i, stop] = picked[i] if token is None else token
             logprobs[:, stop] = values.gather(1, tokens[:, stop, None])[:, 0]
-            tick(sum(length <= stop + 1 for length in lengths), len(lengths))
+            progress(sum(length <= stop + 1 for length in lengths), len(lengths))
     found = torch.cat(rows, dim=1).numpy()
     return [
         _sample(request, tokens[i].numpy(), logprobs[i].numpy(), found[i], facts) for i, request in enumerate(requests)
@@ -121,7 +121,7 @@ def perturbed_hf_rollout(
     seed: int,
     fraction: float,
     num_samples: int = 16,
-    tick: Tick = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> list[Sample]:
     """Generate from random prompts of 4 to 24 tokens, 12 to 32 tokens each, with a share of the routes perturbed.
 
@@ -137,7 +137,7 @@ def perturbed_hf_rollout(
         for i in range(num_samples)
     ]
     perturb = Perturbation(seed, fraction) if fraction else None
-    return hf_rollout(checkpoint, requests, seed=seed, perturb=perturb, tick=tick)
+    return hf_rollout(checkpoint, requests, seed=seed, perturb=perturb, progress=progress)
 
 
 def load(checkpoint: Path) -> Any:

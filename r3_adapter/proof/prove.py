@@ -28,7 +28,7 @@ from r3_adapter.proof.models import TINY, Model
 from r3_adapter.proof.scoring import Scores, score
 from r3_adapter.proof.tiny import TinyModel
 from r3_adapter.proof.verdict import MAX_REPLAY, Verdict, judge
-from r3_adapter.report import Tick
+from r3_adapter.report import ProgressCallback
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import Requests, floor_and_rollout
 
@@ -78,7 +78,7 @@ def prove(
     engine: ProofEngine | None = None,
     injection: Injection | None = None,
     place: Place | None = None,
-    ticks: Sequence[Tick] = (lambda done, total: None,) * 2,
+    progress: Sequence[ProgressCallback] = (lambda done, total: None,) * 2,
 ) -> Verdict:
     """Run the self-test on a tiny model: rollout in the patched SGLang, replay in the patched Megatron-core.
 
@@ -88,7 +88,7 @@ def prove(
     engine: as the user's own runs; by default in float32.
     injection: a damage of INJECTIONS, done to the traces on their way; the test must then fail.
     place: "random": the trainer's experts lie by chance, of the seed, other than in the checkpoint.
-    ticks: progress of the rollout and of the trainer.
+    progress: of the rollout and of the trainer.
 
     Raises:
         R3Error: a layout that the model does not fit, an engine that does not start or fails, routes that it refuses,
@@ -104,16 +104,16 @@ def prove(
         folder = Path(name)
         model.write(folder, dtype=engine.checkpoint_dtype, seed=seed)
         if model.engine == "sglang":
-            floor, samples = rollouts(folder, seed=seed, scene=scene, engine=engine, tick=ticks[0])
+            floor, samples = rollouts(folder, seed=seed, scene=scene, engine=engine, progress=progress[0])
         else:
-            floor, samples = hf_rollouts(folder, seed=seed, tick=ticks[0])
+            floor, samples = hf_rollouts(folder, seed=seed, progress=progress[0])
         samples = _filled(samples, (options or TrainerOptions()).micro_batch_size, layout)
         if injection is not None:
             samples = damage(samples, injection)
         compared = Compared.of(floor, samples, seed)
         beside = _filled(compared.samples, BESIDE_MICRO_BATCH, layout)
         placed = _placed(options, place, samples, folder, seed)
-        scores = score(folder, samples, layout, placed, passes=PASSES, beside=beside, progress=ticks[1])
+        scores = score(folder, samples, layout, placed, passes=PASSES, beside=beside, progress=progress[1])
     evidence = compared.evidence(samples, scores, scores.pop("beside").logprobs, engine)
     about = {"seed": seed, "scene": asdict(scene), "injection": injection, "place": place}
     about |= {"engine": engine.to_json(), **model.about()}
@@ -206,13 +206,15 @@ def check_fits(
 
 
 def hf_rollouts(
-    checkpoint: Path, *, seed: int, num_samples: int = 16, tick: Tick = lambda done, total: None
+    checkpoint: Path, *, seed: int, num_samples: int = 16, progress: ProgressCallback = lambda done, total: None
 ) -> tuple[list[Sample], list[Sample]]:
     """Let Hugging Face's model generate, unperturbed and perturbed; see perturbed_hf_rollout."""
     from r3_adapter.proof.hf_rollout import perturbed_hf_rollout
 
     floor = perturbed_hf_rollout(checkpoint, seed=seed + 1, fraction=0, num_samples=FLOOR_SAMPLES)
-    samples = perturbed_hf_rollout(checkpoint, seed=seed, fraction=PERTURBED_SHARE, num_samples=num_samples, tick=tick)
+    samples = perturbed_hf_rollout(
+        checkpoint, seed=seed, fraction=PERTURBED_SHARE, num_samples=num_samples, progress=progress
+    )
     return floor, samples
 
 
@@ -233,7 +235,7 @@ def rollouts(
     num_floor: int = FLOOR_SAMPLES,
     scene: Scene = Scene(),
     engine: ProofEngine | None = None,
-    tick: Tick = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> tuple[list[Sample], list[Sample]]:
     """Generate from random prompts of 4 to 40 tokens, 32 to 96 tokens each: unperturbed, and then as the scene says.
 
@@ -261,7 +263,7 @@ def rollouts(
         recomputed="split",
         batch_size=16,
         follow_ups=follow_ups,
-        progress=tick,
+        progress=progress,
     )
     if scene.retract and len(samples) == len(prompts):
         raise R3Error(f"no request was retracted with a pool of {SMALL_POOL} tokens: nothing was proved")

@@ -156,14 +156,14 @@ def _gather(out: Path, name: str, samples: Sequence[Sample]) -> Scores:
     tokens, collectives = Counter[str](), Counter[str]()
     grad_norms, backends, why_not_planned = set(), set[str](), dict[int, str]()
     for path in out.glob(f"{name}.*.json"):
-        figures = json.loads(path.read_text(encoding="utf-8"))
-        grad_norms.add(figures["grad_norm"])
-        backends.add(figures["backend"])
-        tokens.update(figures["tokens"])
-        collectives.update(figures["collectives"])
-        if figures["why_not_planned"]:
-            why_not_planned[int(path.suffixes[0][1:])] = figures["why_not_planned"]
-        for layer, counts in figures["layers"].items():
+        of_rank = json.loads(path.read_text(encoding="utf-8"))
+        grad_norms.add(of_rank["grad_norm"])
+        backends.add(of_rank["backend"])
+        tokens.update(of_rank["tokens"])
+        collectives.update(of_rank["collectives"])
+        if of_rank["why_not_planned"]:
+            why_not_planned[int(path.suffixes[0][1:])] = of_rank["why_not_planned"]
+        for layer, counts in of_rank["layers"].items():
             layers.setdefault(int(layer), Counter()).update(counts)
     found: dict[int, Any] = {}
     for path in out.glob(f"{name}.*.safetensors"):

@@ -29,7 +29,7 @@ from r3_adapter.proof.damage import Injection, damage, misplace
 from r3_adapter.proof.evidence import CONTRAST, MIN_SEEN, MIN_SEEN_FLOAT32, Evidence, weigh
 from r3_adapter.proof.scoring import Scores, score
 from r3_adapter.proof.verdict import beside_injection, environment
-from r3_adapter.report import Tick
+from r3_adapter.report import ProgressCallback
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.served import Api, Served, ask, copy_with_dtype, served_at, sizes_of
 
@@ -136,14 +136,14 @@ def prove_server(
     num_samples: int = NUM_SAMPLES,
     injection: Injection | None = None,
     proxy: str | None = None,
-    ticks: Sequence[Tick] = (lambda done, total: None,) * 2,
+    progress: Sequence[ProgressCallback] = (lambda done, total: None,) * 2,
 ) -> ServerVerdict:
     """Sample from a running server, replay in the patched Megatron-core on this machine, and judge.
 
     checkpoint: of the weights that the server has.
     options: of the trainer. seed: of the prompts, which are random tokens, and of the routes that are misplaced.
     injection: a damage done to the traces on their way; the test must then fail.
-    ticks: progress of the requests and of the trainer.
+    progress: of the requests and of the trainer.
 
     Raises:
         R3Error: a layout that the model does not fit; a server that does not answer, records no routes, or is of
@@ -159,11 +159,11 @@ def prove_server(
     vocab = sizes_of(checkpoint)["vocab_size"]
     prompts = [rng.integers(3, vocab, rng.integers(4, 41)).tolist() for _ in range(num_samples)]
     lengths = rng.integers(32, 97, num_samples).tolist()
-    samples = ask(served, api, prompts, lengths, checkpoint, proxy=proxy, progress=ticks[0])
+    samples = ask(served, api, prompts, lengths, checkpoint, proxy=proxy, progress=progress[0])
     if injection is not None:
         samples = damage(samples, injection)
     with tempfile.TemporaryDirectory() as name:
-        passes = _score(Path(name), checkpoint, served, samples, layout, options, seed, ticks[1])
+        passes = _score(Path(name), checkpoint, served, samples, layout, options, seed, progress[1])
     about = {"seed": seed, "injection": injection}
     return judge_server(served, api, samples, passes, layout, options, about)
 
@@ -191,7 +191,7 @@ def _score(
     layout: ParallelLayout,
     options: TrainerOptions,
     seed: int,
-    tick: Tick,
+    progress: ProgressCallback,
 ) -> Passes:
     near, far = ("bfloat16" if served.dtype == "bfloat16" else "float32"), "float32"
     size = options.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
@@ -210,7 +210,7 @@ def _score(
         layout,
         options,
         passes=("live", "replay"),
-        progress=lambda done, _: tick(done, total),
+        progress=lambda done, _: progress(done, total),
     )
     second = score(
         folders[-1],
@@ -218,7 +218,7 @@ def _score(
         layout,
         options,
         passes=("replay",),
-        progress=lambda done, _: tick(2 * len(wanted[0]) + done, total),
+        progress=lambda done, _: progress(2 * len(wanted[0]) + done, total),
     )["replay"]
     found, at = dict[str, Any](), 0
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""From rollouts to what the trainer's ranks are given, and from their figures to a step's metrics."""
+"""From rollouts to what the trainer's ranks are given, and from their metrics to a step's metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,30 +64,32 @@ def share_out(items: Sequence[ItemRef], layout: ParallelLayout, *, micro_batch_s
     return [bins[rank :: layout.dp] for rank in range(layout.dp)]
 
 
-def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: Sequence[StepMetrics]) -> dict[str, Any]:
+def metrics_of(
+    rollouts: Sequence[Rollout], items: Sequence[ItemRef], rank_metrics: Sequence[StepMetrics]
+) -> dict[str, Any]:
     """Return the metrics of a step: sums over ranks where they count, the slowest rank where they take time."""
     rewards = np.array([reward for rollout in rollouts for reward in rollout.rewards])
-    gap = merge_gaps([each.gap for each in figures if each.gap is not None])
-    trained = sum(each.num_trained for each in figures)
-    scored = [each.kl_ref for each in figures if each.kl_ref is not None]
+    gap = merge_gaps([each.gap for each in rank_metrics if each.gap is not None])
+    trained = sum(each.num_trained for each in rank_metrics)
+    scored = [each.kl_ref for each in rank_metrics if each.kl_ref is not None]
     agreement: dict[int, np.ndarray[Any, Any]] = {}
-    for each in figures:
+    for each in rank_metrics:
         for layer, counts in each.agreement.items():
             agreement[layer] = agreement.get(layer, np.zeros(2, np.int64)) + counts
-    stages = {stage for each in figures for stage in each.seconds}
-    seconds = {stage: max(each.seconds.get(stage, 0.0) for each in figures) for stage in sorted(stages)}
+    stages = {stage for each in rank_metrics for stage in each.seconds}
+    seconds = {stage: max(each.seconds.get(stage, 0.0) for each in rank_metrics) for stage in sorted(stages)}
     for rollout in rollouts:
         for stage, spent in rollout.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std()),
-        "loss": sum(each.loss for each in figures) / trained,
-        "clip_fraction": sum(each.num_clipped for each in figures) / trained,
-        "grad_norm": float(np.mean(figures[0].grad_norms)),
-        "lr": figures[0].lr,
+        "loss": sum(each.loss for each in rank_metrics) / trained,
+        "clip_fraction": sum(each.num_clipped for each in rank_metrics) / trained,
+        "grad_norm": float(np.mean(rank_metrics[0].grad_norms)),
+        "lr": rank_metrics[0].lr,
         # Of tokens that the policy sampled, an unbiased estimate of its entropy at the rollout's temperature.
-        "entropy": sum(each.nll for each in figures) / gap.tokens,
+        "entropy": sum(each.nll for each in rank_metrics) / gap.tokens,
         **({"kl_ref": sum(scored) / gap.tokens} if scored else {}),
         "k3": gap.k3,
         "f_1_2": gap.f_1_2,
@@ -97,12 +99,12 @@ def metrics_of(rollouts: Sequence[Rollout], items: Sequence[ItemRef], figures: S
         "response_tokens": gap.tokens,
         "samples": len(items),
         "agreement": {str(layer): int(equal) / max(1, int(ids)) for layer, (ids, equal) in sorted(agreement.items())},
-        "rows": _summed([each.rows for each in figures]),
-        "micro_batches": _summed([each.micro_batches for each in figures]),
+        "rows": _summed([each.rows for each in rank_metrics]),
+        "micro_batches": _summed([each.micro_batches for each in rank_metrics]),
         "seconds": seconds,
         "bytes": {"routes": sum(item.ref.num_bytes for item in items)},
         "memory": {
-            "trainer_rss": sum(each.resident_bytes for each in figures),
+            "trainer_rss": sum(each.resident_bytes for each in rank_metrics),
             "engine_rss": sum(rollout.resident_bytes for rollout in rollouts),
         },
     }

@@ -92,7 +92,7 @@ def _steps(done: int, logged: int) -> str:
 
 
 class _Console:
-    """Says the stages of a loop that take long, as they are done, each event, and the figures of each step."""
+    """Says the stages of a loop that take long, as they are done, each event, and the metrics of each step."""
 
     def __init__(self, loop: Loop, name: str, show: Show) -> None:
         self._loop, self._name, self._show, self._since = loop, name, show, time.monotonic()

@@ -188,15 +188,15 @@ class Loop:
         items, pulled = self._load(rollouts)
         self._log.samples(step, [shown for rollout in rollouts for shown in rollout.shown])
         self.observe(self, step, "train")
-        figures = self.trainers.step(count_agreement=step % options.agreement_interval == 0)
+        rank_metrics = self.trainers.step(count_agreement=step % options.agreement_interval == 0)
         after_train = time.perf_counter()
         self.observe(self, step, "weights")
         folder, num_bytes = self._write_weights(step + 1)
         self._served = self._for_engines(folder, step + 1)
         self.pool.update_weights(self._served, str(step + 1))
         self._prune()
-        metrics = metrics_of(rollouts, items, figures)
-        if load := expert_load([each.expert_load for each in figures], options.layout):
+        metrics = metrics_of(rollouts, items, rank_metrics)
+        if load := expert_load([each.expert_load for each in rank_metrics], options.layout):
             metrics["expert_load"] = asdict(load)
         end = time.perf_counter()
         metrics["weight_version"] = str(step)
@@ -212,7 +212,7 @@ class Loop:
             trained_tokens=sum(item.ref.num_tokens for item in items),
             num_ranks=options.layout.world_size,
             num_engine_gpus=options.num_gpus_per_engine * options.num_engines,
-            gpu=figures[0].gpu,
+            gpu=rank_metrics[0].gpu,
             flops=self._flops,
         )
         if found := self._evaluate(step + 1):

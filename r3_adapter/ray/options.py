@@ -34,7 +34,7 @@ class LoopOptions:
     max_received: tokens that a rank may receive in a layer of a micro-batch.
     save_interval: steps between checkpoints; keep_checkpoints: how many of the newest are kept.
     eval_interval: steps between evaluations on eval_prompts prompts that are held out of training; None for none.
-    trackers: "package.module:function" of each that is told the figures of a step; see runs/trackers.py.
+    trackers: "package.module:function" of each that is told the metrics of a step; see runs/trackers.py.
     record: a folder in which all rollouts are kept, a folder of samples for each prompt of each step.
     agreement_interval: steps between counts of the experts that live routers would have used.
     timeout: seconds after which a rank that does not answer is taken for hung, and in which an engine has to start.
@@ -115,7 +115,7 @@ class LoopOptions:
 
 
 def check_same_run(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run as another: its figures would be of both. Keys that one lacks are not compared.
+    """Refuse to go on with a run as another: its metrics would be of both. Keys that one lacks are not compared.
 
     before, now: what LoopOptions.fixed returned.
 

@@ -46,7 +46,7 @@ def throughput(
     gpu: str,
     flops: float,
 ) -> dict[str, Any]:
-    """Return figures of a step; those of GPUs only where there are some, and `mfu` where their peak is known.
+    """Return metrics of a step; those of GPUs only where there are some, and `mfu` where their peak is known.
 
     trained_tokens: of all samples, prompts included. gpu: the name of the ranks' GPU, "" on a CPU.
     flops: of a token, as flops_per_token has it.

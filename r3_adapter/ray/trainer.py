@@ -99,12 +99,12 @@ class TrainerActor:
 
     def step(self, *, count_agreement: bool) -> StepMetrics:
         """Train on what was loaded last."""
-        figures = self._trainer.step(self._batches, count_agreement=count_agreement)
+        metrics = self._trainer.step(self._batches, count_agreement=count_agreement)
         device = self._trainer.device
-        figures.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        figures.seconds["transport"] = self._seconds
+        metrics.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        metrics.seconds["transport"] = self._seconds
         self._batches = []
-        return figures
+        return metrics
 
     def fit(self, micro_batches: Sequence[Sequence[Spoken]]) -> tuple[float, float]:
         """Make a supervised step; return the mean loss and the gradient's norm."""
@@ -192,7 +192,7 @@ class TrainerGroup:
         return problems, total
 
     def step(self, *, count_agreement: bool) -> list[StepMetrics]:
-        """Train on what was loaded; return the figures of every rank."""
+        """Train on what was loaded; return the metrics of every rank."""
         found: list[StepMetrics] = self._ask("step", count_agreement=count_agreement)
         return found
 

@@ -94,10 +94,10 @@ class Trackers:
 
     def step(self, number: int, step: Step) -> None:
         """Give a step's metrics to each."""
-        figures = named(step)
+        metrics = named(step)
         for name, track in list(self._tracks.items()):
             with self._told(name):
-                track(number, figures)
+                track(number, metrics)
 
     def close(self) -> None:
         """End each."""
@@ -123,8 +123,8 @@ def tensorboard(folder: Path, config: Mapping[str, Any], resume_at: int | None) 
     with SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at) as writer:
         writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", resume_at or 0)
 
-        def track(step: int, figures: Mapping[str, Number]) -> None:
-            for name, value in figures.items():
+        def track(step: int, metrics: Mapping[str, Number]) -> None:
+            for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
             writer.flush()
 

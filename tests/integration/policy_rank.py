@@ -1,6 +1,6 @@
 """One rank of a policy's trainer: python policy_rank.py REQUEST.json RANK.
 
-Exports the weights as they were read, makes a step on samples, exports again, and writes its figures.
+Exports the weights as they were read, makes a step on samples, exports again, and writes its metrics.
 """
 
 import json
@@ -55,14 +55,14 @@ def main(argv: Sequence[str]) -> None:
     if request["batches"] is not None:
         batches = [[items[at] for at in batch] for batch in request["batches"][layout.coords(rank).dp_rank]]
     for step in range(request["num_steps"]):
-        figures = trainer.step(batches, count_agreement=True)
+        metrics = trainer.step(batches, count_agreement=True)
         trainer.save(out / f"after {step + 1}")
     if request["batches"] is not None:
         for chunk in trainer.chunks:
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.main_grad)
         trainer.export(out / "gradients")
-    (out / f"{rank}.json").write_text(json.dumps(asdict(figures)), encoding="utf-8")
+    (out / f"{rank}.json").write_text(json.dumps(asdict(metrics)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -126,26 +126,26 @@ def loss_of(ranks: Sequence[Mapping[str, Any]]) -> float:
 def alone(
     request: pytest.FixtureRequest, checkpoint: Path, perturbed: list[Sample], once: Callable[..., Path]
 ) -> tuple[dict[str, Any], dict[str, Any], Tensors]:
-    """Return the options, the figures of one rank, and the weights after its step."""
+    """Return the options, the metrics of one rank, and the weights after its step."""
     objective = GSPO if request.param == "gspo" else {}
 
     def step(to: Path) -> None:
         run(to, checkpoint, perturbed[:8], ParallelLayout(), objective=objective, replay="r3")
 
     folder = once(f"step {request.param}", step)
-    figures = json.loads((folder / "out" / "0.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "out" / "0.json").read_text(encoding="utf-8"))
     before, want = tensors(folder / "out" / "before"), tensors(checkpoint)
     assert before.keys() == want.keys()
     assert all(np.array_equal(before[name], want[name]) for name in want)
-    return objective, figures, tensors(folder / "out" / "after 1")
+    return objective, metrics, tensors(folder / "out" / "after 1")
 
 
 def test_a_replayed_step_sees_the_rollouts_probabilities(alone: Any) -> None:
-    _, figures, _ = alone
+    _, metrics, _ = alone
     # float32: the bound of the proof.
-    assert figures["gap"]["max_abs"] < 1e-4
-    assert figures["rows"]["replayed"] > 0 and figures["rows"]["stale"] == 0
-    ids, equal = np.array(list(figures["agreement"].values())).sum(axis=0)
+    assert metrics["gap"]["max_abs"] < 1e-4
+    assert metrics["rows"]["replayed"] > 0 and metrics["rows"]["stale"] == 0
+    ids, equal = np.array(list(metrics["agreement"].values())).sum(axis=0)
     assert 0.5 < equal / ids < 0.95, "live routers agree with a rollout whose fifth row is random"
 
 

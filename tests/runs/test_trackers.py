@@ -18,13 +18,13 @@ TOLD = []
 @contextmanager
 def kept(folder, config, resume_at):
     TOLD.append((folder.name, config["name"], resume_at))
-    yield lambda step, figures: TOLD.append((step, figures))
+    yield lambda step, metrics: TOLD.append((step, metrics))
     TOLD.append("end")
 
 
 @contextmanager
 def fails(folder, config, resume_at):
-    def track(step, figures):
+    def track(step, metrics):
         if step == 1:
             raise ConnectionError("no route to host")
         TOLD.append(step)

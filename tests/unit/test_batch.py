@@ -1,4 +1,4 @@
-"""Sharing samples out over ranks, and putting their figures together."""
+"""Sharing samples out over ranks, and putting their metrics together."""
 
 from collections import Counter
 

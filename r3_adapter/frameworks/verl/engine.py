@@ -179,6 +179,6 @@ class _Pass:
         ]
 
     def reported(self, output: Any, data: Any) -> Any:
-        """Add this pass's figures to the metrics of a training pass; those of log-probabilities wait for it."""
+        """Add this pass's metrics to those of a training pass; those of log-probabilities wait for it."""
         _REPLAYERS[self.engine].report.add(output, data, self.forward_only)
         return output

@@ -21,7 +21,7 @@ _GAP = ("k3", "mean_abs", "max_abs", "f_2")
 
 
 class Report:
-    """An engine's figures; verl drops those of a pass for log-probabilities, so they go with the next update's."""
+    """An engine's metrics; verl drops those of a pass for log-probabilities, so they go with the next update's."""
 
     def __init__(self) -> None:
         self._counts = Counts()
@@ -44,15 +44,15 @@ class Report:
         self._counts = counts.summed()
 
     def add(self, output: Any, data: Any, forward_only: bool) -> None:
-        """Put a pass's figures into the metrics of its output, if it trains; each value is a list, as verl's are.
+        """Put a pass's metrics into the metrics of its output, if it trains; each value is a list, as verl's are.
 
         output, data: of verl's forward_backward_batch; output is empty on all but the last pipeline stage.
         """
-        figures = self._counts.report() | _gap(output, data)
+        metrics = self._counts.report() | _gap(output, data)
         if forward_only:
-            self._held = {name.replace("r3/", "r3/old/"): value for name, value in figures.items()}
+            self._held = {name.replace("r3/", "r3/old/"): value for name, value in metrics.items()}
         elif output:
-            output["metrics"] |= {name: [value] for name, value in (self._held | figures).items()}
+            output["metrics"] |= {name: [value] for name, value in (self._held | metrics).items()}
 
 
 def _gap(output: Any, data: Any) -> dict[str, float]:

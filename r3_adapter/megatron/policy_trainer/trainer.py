@@ -167,35 +167,35 @@ class PolicyTrainer:
         Raises:
             R3Error: on every rank, if the routes of one are not its tokens', layers' or weights'; nothing is trained.
         """
-        figures = StepMetrics()
-        with figures.timed("repack"):
+        metrics = StepMetrics()
+        with metrics.timed("repack"):
             batches = self._batches(micro_batches)
-            routes = self._routes(batches, figures)
+            routes = self._routes(batches, metrics)
         live = self.options.replay != "r3"
         old, recorder = _Logprobs(), RouterMonitor(record=self.options.replay == "r2")
         watched = recorder.watch(self.chunks) if live else nullcontext()
-        with figures.timed("old_logprobs"), watched, expert_counter(self.chunks) as figures.expert_load:
+        with metrics.timed("old_logprobs"), watched, expert_counter(self.chunks) as metrics.expert_load:
             forward(self.chunks, batches, routes, live=live, expect=recorder.expect, keep=old.keep)
         if self.options.replay == "r2":
             routes = recorder.recorded(routes)
         if not live and count_agreement:
-            with figures.timed("agreement"):
-                self._count_agreement(batches, routes, figures)
+            with metrics.timed("agreement"):
+                self._count_agreement(batches, routes, metrics)
         elif live:
-            figures.agreement = {layer: (found.ids, found.ids_equal) for layer, found in recorder.layers.items()}
+            metrics.agreement = {layer: (found.ids, found.ids_equal) for layer, found in recorder.layers.items()}
         reference = _Logprobs()
         if self.reference:
-            with figures.timed("reference"):
+            with metrics.timed("reference"):
                 forward(self.reference, batches, routes, live=True, keep=reference.keep)
-        columns = self._columns(micro_batches, batches, old, reference, figures)
-        self._train(batches, routes if self.options.replay != "off" else None, columns, figures)
+        columns = self._columns(micro_batches, batches, old, reference, metrics)
+        self._train(batches, routes if self.options.replay != "off" else None, columns, metrics)
         if not live:
             # The pass for old log-probabilities, and the forward pass of training.
             tokens = 2 * sum(batch.packing.num_tokens for batch in batches)
-            figures.seconds["replay"] = self._replay_seconds_per_token * tokens
+            metrics.seconds["replay"] = self._replay_seconds_per_token * tokens
         self.version += 1
-        figures.resident_bytes = psutil.Process().memory_info().rss
-        return figures
+        metrics.resident_bytes = psutil.Process().memory_info().rss
+        return metrics
 
     def fit(self, micro_batches: Sequence[Sequence[Item]]) -> tuple[float, float]:
         """Make one supervised step with live routers; return this rank's mean loss (0 without one) and grad norm."""
@@ -247,7 +247,7 @@ class PolicyTrainer:
             for items in micro_batches
         ]
 
-    def _routes(self, batches: Sequence[MicroBatch], figures: StepMetrics) -> list[list[ReplayBatch]]:
+    def _routes(self, batches: Sequence[MicroBatch], metrics: StepMetrics) -> list[list[ReplayBatch]]:
         replaying = self.options.replay == "r3"
         routes = prepare_step(
             self.chunks,
@@ -261,7 +261,7 @@ class PolicyTrainer:
         )
         if self.layout.coords(self.rank).pp_rank == 0:
             first = [batch.routes for batch in routes[0]]
-            figures.rows = {
+            metrics.rows = {
                 "replayed": sum(each.num_replayed for each in first) if replaying else 0,
                 "live": sum(each.num_live + (0 if replaying else each.num_replayed) for each in first),
                 "padding": sum(each.num_padding for each in first),
@@ -270,10 +270,10 @@ class PolicyTrainer:
             kinds = Counter(batch.plan.kind for batch in routes[0])
             planned = kinds.pop("planned", 0)
             why_not = {f"unplanned_{kind}": count for kind, count in sorted(kinds.items())}
-            figures.micro_batches = {"all": len(first), "planned": planned, **why_not}
+            metrics.micro_batches = {"all": len(first), "planned": planned, **why_not}
         return routes
 
-    def _count_agreement(self, batches: Sequence[MicroBatch], routes: Routes, figures: StepMetrics) -> None:
+    def _count_agreement(self, batches: Sequence[MicroBatch], routes: Routes, metrics: StepMetrics) -> None:
         """Run the first micro-batches with live routers, and time the routers both ways."""
         # Interleaved schedules want a multiple of the pipeline's size.
         first = slice(self.layout.pp if self.layout.vpp > 1 else 1)
@@ -281,7 +281,7 @@ class PolicyTrainer:
         monitor = RouterMonitor()
         with monitor.watch(self.chunks):
             forward(self.chunks, some, theirs, live=True, expect=monitor.expect)
-        figures.agreement = {layer: (found.ids, found.ids_equal) for layer, found in monitor.layers.items()}
+        metrics.agreement = {layer: (found.ids, found.ids_equal) for layer, found in monitor.layers.items()}
         spent = {}
         for live in (True, False):
             with router_clock(self.chunks) as clock:
@@ -296,7 +296,7 @@ class PolicyTrainer:
         batches: Sequence[MicroBatch],
         old: "_Logprobs",
         reference: "_Logprobs",
-        figures: StepMetrics,
+        metrics: StepMetrics,
     ) -> dict[int, TokenColumns]:
         """Return, on ranks that have the loss, what it needs of each micro-batch, by the micro-batch's id()."""
         columns = {}
@@ -308,9 +308,9 @@ class PolicyTrainer:
             ours = torch.cat([each.old for each in columns.values()]).cpu().numpy()
             rollout = torch.cat([each.rollout for each in columns.values()]).cpu().numpy()
             if len(ours):
-                figures.gap, figures.nll = gap(ours, rollout), -float(ours.sum())
+                metrics.gap, metrics.nll = gap(ours, rollout), -float(ours.sum())
             scored = [k3(each.old, each.reference) for each in columns.values() if each.reference is not None]
-            figures.kl_ref = sum(float(values.sum()) for values in scored) if scored else None
+            metrics.kl_ref = sum(float(values.sum()) for values in scored) if scored else None
         return columns
 
     def _train(
@@ -318,7 +318,7 @@ class PolicyTrainer:
         batches: Sequence[MicroBatch],
         routes: Routes | None,
         columns: Mapping[int, TokenColumns],
-        figures: StepMetrics,
+        metrics: StepMetrics,
     ) -> None:
         first_of_tp = self.layout.coords(self.rank).tp_rank == 0
 
@@ -328,19 +328,19 @@ class PolicyTrainer:
                 self.options.objective, -losses[chosen], mine, batch.packing.num_samples, self._sum_over_cp
             )
             if first_of_tp:
-                figures.loss += float(loss.detach().sum())
-                figures.num_clipped += int(cut.sum())
-                figures.num_trained += len(loss)
+                metrics.loss += float(loss.detach().sum())
+                metrics.num_clipped += int(cut.sum())
+                metrics.num_trained += len(loss)
             return torch.zeros_like(losses).masked_scatter(chosen, loss)
 
         share, rest = divmod(len(batches), self.options.num_steps)
         if rest:
             raise ReplayError(f"{len(batches)} micro-batches are not a multiple of {self.options.num_steps} steps")
-        with figures.timed("train"):
+        with metrics.timed("train"):
             for start in range(0, len(batches), share):
                 part = slice(start, start + share)
-                figures.lr = self._scheduler.get_lr({})
-                figures.grad_norms.append(
+                metrics.lr = self._scheduler.get_lr({})
+                metrics.grad_norms.append(
                     training_step(
                         self.chunks,
                         self.optimizer,
