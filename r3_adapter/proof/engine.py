@@ -77,14 +77,14 @@ class ProofEngine:
         """Return what was asked for, and what was chosen."""
         return {"dtype": self.dtype, "arguments": dict(self.arguments), "chosen": self.chosen}
 
-    def settings(self, checkpoint: Path, *, seed: int, **sizes: Any) -> EngineSettings:
-        """Return the engine's settings; sizes win over those of a tiny model, and the user's arguments over all."""
+    def settings(self, checkpoint: Path, *, seed: int) -> EngineSettings:
+        """Return the engine's settings, of a tiny model's sizes; the user's arguments win over all."""
         return EngineSettings(
             model_path=str(checkpoint),
             dtype=self.dtype,
             random_seed=seed,
             radix_cache=True,
-            **{**ENGINE, **sizes},
+            **ENGINE,
             perturb=Perturbation(seed=seed, fraction=PERTURBED_SHARE),
             extra={**self.chosen, **self.arguments},
         )

@@ -8,7 +8,7 @@ engine, unperturbed, says what else does.
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -41,6 +41,8 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 Place = Literal["random"]
 SMALL_POOL = 640
 """KV slots that do not suffice for the 16 requests of a batch."""
+ADMIT_ALL: Mapping[str, float] = {"schedule_conservativeness": 0.1}
+"""SGLang's own 1.0 admits so few of them at once that, by chance of what is sampled, the pool may suffice."""
 FLOOR_SAMPLES = 16
 """Of the unperturbed engine: a thousand tokens, whose 99th percentile is that of ten."""
 SHIFTED_SAMPLES = 8
@@ -255,9 +257,11 @@ def rollouts(
     if scene.turns > 1:
         prompts, params = prompts[: max(1, num_samples // scene.turns)], params[0]
         follow_ups = [rng.integers(3, TinyModel().vocab_size, (scene.turns - 1, 8)).tolist() for _ in prompts]
-    sizes = {"max_total_tokens": SMALL_POOL} if scene.retract else {}
+    settings = (engine or ProofEngine()).settings(checkpoint, seed=seed)
+    if scene.retract:
+        settings = replace(settings, max_total_tokens=SMALL_POOL, extra={**ADMIT_ALL, **settings.extra})
     floor, samples = floor_and_rollout(
-        (engine or ProofEngine()).settings(checkpoint, seed=seed, **sizes),
+        settings,
         draw_requests(rng, num_floor),
         (prompts, params),
         recomputed="split",

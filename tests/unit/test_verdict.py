@@ -122,9 +122,9 @@ def test_an_engine_of_the_users_own_is_checked_before_it_starts(monkeypatch: pyt
     assert ProofEngine().is_exact and ProofEngine().min_seen == 0.99 and ProofEngine().checkpoint_dtype == "float32"
     fp8 = ProofEngine("auto", {"quantization": "fp8", "page_size": 1})
     assert not fp8.is_exact and fp8.min_seen == 0.0 and fp8.checkpoint_dtype == "bfloat16"
-    settings = fp8.settings(Path("model"), seed=3, max_total_tokens=640)
+    settings = fp8.settings(Path("model"), seed=3)
     assert settings.engine_arguments(gpu=True)["quantization"] == "fp8"
-    assert (settings.dtype, settings.max_total_tokens, settings.radix_cache) == ("auto", 640, True)
+    assert (settings.dtype, settings.max_total_tokens, settings.radix_cache) == ("auto", 8192, True)
     for arguments, said in (
         ({"dtype": "float16"}, "SGLang's dtype \\('float16'\\) is given by the self-test itself"),
         ({"max_total_token": 9}, "did you mean 'max_total_tokens'"),
