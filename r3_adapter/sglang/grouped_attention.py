@@ -1,6 +1,7 @@
 """Let SGLang's torch_native attention compute requests of one length together: by itself it takes one at a time.
 
-PyTorch's kernel computes each request's heads by themselves, so that every number is the same.
+PyTorch's kernel computes each request's heads by themselves, so that every number is the same, but for the rounding of
+float32 on some processors.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator

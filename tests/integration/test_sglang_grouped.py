@@ -10,7 +10,7 @@ from r3_adapter.processes import run_together
 pytestmark = pytest.mark.engine
 
 
-def test_grouping_changes_no_bit() -> None:
+def test_grouping_changes_rounding_at_most() -> None:
     options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "--noconftest", "--import-mode=importlib"]
     checks = str(Path(__file__).with_name("sglang_grouped_checks.py"))
     run_together([[sys.executable, "-m", "pytest", *options, "-c", "/dev/null", checks]], env=[{}], timeout=240)
