@@ -184,11 +184,7 @@ def check_last_rows(case):
     for found, wanted in zip(native, slow, strict=True):
         assert_same_routes(found, wanted)
     tokens = [place for shard in native for place in expand(shard.segments)[:, :2].tolist()]
-    every = [
-        [sample, pos]
-        for sample, padded_length in enumerate(case.packing.padded_lengths)
-        for pos in range(padded_length)
-    ]
+    every = [[sample, pos] for sample, length in enumerate(case.packing.padded_lengths) for pos in range(length)]
     assert sorted(tokens) == sorted(every * case.layout.pp)
     last = sum(trace.num_tokens > 0 and not trace.captured[-1] for trace in case.traces)
     fed = sum(trace.num_tokens for trace in case.traces)
@@ -298,9 +294,8 @@ def case_with_routes(draw):
         )
         rng, first = np.random.default_rng(0), case.traces[0]
         args = (first.layer_ids.tolist(), first.topk, first.num_experts, ["a"])
-        case = case._replace(
-            packing=packing, traces=[make_trace(rng, padded_length, *args) for padded_length in packing.padded_lengths]
-        )
+        traces = [make_trace(rng, length, *args) for length in packing.padded_lengths]
+        case = case._replace(packing=packing, traces=traces)
     return case
 
 
