@@ -1,4 +1,4 @@
-"""What counts as a collapse: fixed in DESIGN.md before any run."""
+"""What counts as a collapse: as in DESIGN.md, which says what was changed after runs had been seen."""
 
 import math
 from collections.abc import Sequence
@@ -30,9 +30,12 @@ def collapsed(found: dict[str, Any]) -> bool:
 
 
 def _reward(values: Series) -> int | None:
-    """Return the step at which the mean of the last 20 steps first is below half of the best such mean so far."""
+    """Return the step at which the mean of the last 20 steps first is below half of the best such mean so far.
+
+    The reward of step 0, of weights that no step has changed, counts as one of these means.
+    """
     sums = list(accumulate((_finite(value, 0.0) for value in values), initial=0.0))
-    best = -math.inf
+    best = _finite(values[0], -math.inf) if values else -math.inf
     for end in range(WINDOW, len(sums)):
         mean = (sums[end] - sums[end - WINDOW]) / WINDOW
         best = max(best, mean)

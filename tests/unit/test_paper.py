@@ -56,6 +56,9 @@ def test_committed_claim_is_the_one_that_its_figures_make(paper: Any) -> None:
         # From 1 to 0.49 of the best mean of 20 steps: 0.1 is left after 12 of 20 steps.
         ({"reward": [*RISES, *[0.1] * 20]}, {"reward": 111}),
         ({"reward": [*RISES, *[0.51] * 20]}, {}),
+        # What falls before the first 20 steps are over falls from where it began.
+        ({"reward": [1.0, 0.7, *[0.4] * 118]}, {"reward": 19}),
+        ({"reward": [1.0, 0.9, *[0.51] * 118]}, {}),
         # A short dip is no collapse.
         ({"reward": [*RISES, *[0.0] * 9, *[1.0] * 11]}, {}),
         ({"grad_norm": [1.0] * 100 + [101.0] * 5 + [1.0] * 15}, {"grad_norm": 104}),
