@@ -50,12 +50,12 @@ build() {
     suffix=.cpython-$version-$target-linux-gnu.so
     rm -rf "$raw"
     if [ "$COMPILER" = zig ]; then
-        # The last two tell pip and pybind11 what is built for: by itself it names a module for the machine that it runs on.
+        # The last two tell pip and pybind11 what is built for; by itself pybind11 names the module for the machine that compiles.
         settings=("CC=$work/cc-$target" "CXX=$work/cxx-$target" "_PYTHON_HOST_PLATFORM=linux-$target"
             "CMAKE_ARGS=-DPYTHON_MODULE_EXTENSION=$suffix")
     fi
     env "${settings[@]}" "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$raw" dist/r3_adapter-*.tar.gz >&2
-    # A Python that looks for another name finds no module in such a wheel, and only its user sees that.
+    # Under another name Python does not find the module, and only who installs the wheel would notice.
     "$python" -m zipfile --list "$raw"/*.whl | grep -F "r3_adapter/_core$suffix" >&2 || refuse "$raw has no r3_adapter/_core$suffix"
     # By a platform's name auditwheel takes wheels for this machine alone.
     PATH=$work/tools/bin:$PATH "$work/tools/bin/auditwheel" repair --plat auto --wheel-dir "$raw/named" "$raw"/*.whl >&2

@@ -42,7 +42,7 @@ Place = Literal["random"]
 SMALL_POOL = 640
 """KV slots that do not suffice for the 16 requests of a batch."""
 ADMIT_ALL: Mapping[str, float] = {"schedule_conservativeness": 0.1}
-"""SGLang's own 1.0 admits so few of them at once that, by chance of what is sampled, the pool may suffice."""
+"""At its default of 1.0 SGLang admits so few requests at once that the pool suffices if they sample short responses."""
 FLOOR_SAMPLES = 16
 """Of the unperturbed engine: a thousand tokens, whose 99th percentile is that of ten."""
 SHIFTED_SAMPLES = 8
