@@ -22,7 +22,7 @@ from r3_adapter.proof.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.report import Comparison, ProgressCallback, comparison_table, plot_comparison, progress_bars
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.signals import run_command
 
@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, progress_bars(waits) as progress:
         checkpoint = Path(name)
         write_checkpoint(checkpoint, dtype=args.dtype, seed=args.seed)
-        facts = ModelFacts.from_checkpoint(checkpoint)
+        moe = MoEConfig.from_checkpoint(checkpoint)
         samples = roll_out(checkpoint, args.dtype, args.samples, args.seed, progress[0])
         scores = score(checkpoint, samples, layout, TrainerOptions(micro_batch_size=MICRO_BATCH), progress=progress[1])
     rollout = np.concatenate([sample.logprobs for sample in samples])
@@ -58,9 +58,9 @@ def main() -> None:
         mode: Comparison.of(trainer[mode], rollout, found.agreement, found.routes_equal if mode == "replay" else 0)
         for mode, found in scores.items()
     }
-    payload = payload_sizes(samples, facts)
+    payload = payload_sizes(samples, moe)
     report = {
-        "model": f"Qwen3-MoE, {facts.num_layers} layers, {facts.num_experts} experts, top-{facts.topk}, {args.dtype}",
+        "model": f"Qwen3-MoE, {moe.num_layers} layers, {moe.num_experts} experts, top-{moe.topk}, {args.dtype}",
         "layout": {"ep": args.expert_model_parallel_size, "world_size": layout.world_size},
         **{mode: side.to_json() for mode, side in sides.items()},
         "ratio_k3": sides["replay"].gap.k3 / sides["live"].gap.k3,
@@ -83,10 +83,10 @@ def roll_out(checkpoint: Path, dtype: str, num_samples: int, seed: int, progress
     return rollout_in_subprocess(settings, prompts, params, batch_size=16, progress=progress)
 
 
-def payload_sizes(samples: Sequence[Sample], facts: ModelFacts) -> dict[str, float]:
+def payload_sizes(samples: Sequence[Sample], moe: MoEConfig) -> dict[str, float]:
     """Return the bytes that routes take for each token of prompt and response, as they leave the engine."""
     tokens = sum(sample.trace.num_tokens for sample in samples)
-    native = sum(native_bytes(sample.trace.num_tokens, facts) for sample in samples)
+    native = sum(native_bytes(sample.trace.num_tokens, moe) for sample in samples)
     return {
         "payload a token": sum(sample.payload_bytes for sample in samples) / tokens,
         "SGLang's native payload a token": native / tokens,

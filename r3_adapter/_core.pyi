@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-def find_bad_row(
+def find_bad_route(
     topk_ids: npt.NDArray[Any], version_ids: npt.NDArray[np.int32], num_experts: int
 ) -> tuple[int, int] | None:
     """Return (token, layer) of the first wrong route, or None.
 
     topk_ids: [S, M, K] uint8 or uint16.
-    version_ids: [S] int32; a row with a version >= 0 needs K distinct ids below num_experts, any other row only 0.
+    version_ids: [S] int32; a token with a version >= 0 needs K distinct ids below num_experts in each layer, any
+        other only 0.
     """
 
 def repack(

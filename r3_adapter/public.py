@@ -30,7 +30,7 @@ NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "r3_adapter.sglang.capture": ("computations_from_reply", "trace_from_native_reply", "trace_from_reply"),
         "r3_adapter.sglang.openai": ("sample_of_openai",),
         "r3_adapter.sglang.computation": ("Computation", "join_turns"),
-        "r3_adapter.sglang.facts": ("ModelFacts",),
+        "r3_adapter.sglang.moe_config": ("MoEConfig",),
         "r3_adapter.vllm": ("trace_from_npy",),
         "r3_adapter.hash_layers": ("HashTables",),
         # From traces to a trainer.

@@ -19,7 +19,7 @@ Token = tuple[int, int]
 """Sample and position."""
 
 
-def find_bad_row(
+def find_bad_route(
     topk_ids: npt.NDArray[Any], version_ids: npt.NDArray[np.int32], num_experts: int
 ) -> tuple[int, int] | None:
     """Return (token, layer) of the first ids that are no route though captured, or not zero though not captured."""

@@ -349,7 +349,7 @@ def _check_values(trace: RoutingTrace) -> None:
     bad = np.flatnonzero(trace.token_ids < 0)
     if len(bad):
         raise TraceError(f"token_ids[{bad[0]}] ({trace.token_ids[bad[0]]}) < 0")
-    where = _core.find_bad_row(trace.topk_ids, trace.version_ids, trace.num_experts)
+    where = _core.find_bad_route(trace.topk_ids, trace.version_ids, trace.num_experts)
     if where is None:
         return
     token, layer = where

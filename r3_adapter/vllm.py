@@ -10,7 +10,7 @@ import numpy as np
 
 from r3_adapter.errors import CaptureError
 from r3_adapter.sglang.capture import NPY, trace_of_rows
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.reply import from_base64
 from r3_adapter.trace import RoutingTrace
 
@@ -23,7 +23,7 @@ def trace_from_npy(
     *,
     token_ids: Sequence[int],
     num_prompt_tokens: int,
-    facts: ModelFacts,
+    moe: MoEConfig,
     weight_version: str = "default",
     place: str = "payload",
 ) -> RoutingTrace:
@@ -39,24 +39,22 @@ def trace_from_npy(
     Source: vllm: entrypoints/openai, `routed_experts` of a choice
     """
     routes = _read(bytes(from_base64(payload, place)), place)
-    tokens, num_layers = len(token_ids), facts.num_layers
-    shapes = [
-        (rows, layers, facts.topk) for rows in (tokens - 1, tokens) for layers in (num_layers, len(facts.layer_ids))
-    ]
+    tokens, num_layers = len(token_ids), moe.num_layers
+    shapes = [(rows, layers, moe.topk) for rows in (tokens - 1, tokens) for layers in (num_layers, len(moe.layer_ids))]
     if routes.shape not in shapes:
         raise CaptureError(
             f"{place}: routes of shape {list(routes.shape)} != {list(shapes[0])} (tokens - 1, decoder layers, topk)"
         )
     routes = routes[: tokens - 1]
     if routes.shape[1] != num_layers:
-        everywhere = np.zeros((tokens - 1, num_layers, facts.topk), routes.dtype)
-        everywhere[:, list(facts.layer_ids)] = routes
+        everywhere = np.zeros((tokens - 1, num_layers, moe.topk), routes.dtype)
+        everywhere[:, list(moe.layer_ids)] = routes
         routes = everywhere
     return trace_of_rows(
         routes,
         token_ids=token_ids,
         num_prompt_tokens=num_prompt_tokens,
-        facts=facts,
+        moe=moe,
         weight_versions=weight_version,
         place=place,
     )

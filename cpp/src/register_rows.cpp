@@ -14,7 +14,7 @@ namespace {
 
 using Place = std::optional<std::pair<std::size_t, std::size_t>>;
 
-Place find_bad_row_in(py::array const& topk_ids, py::array const& version_ids, std::int64_t num_experts) {
+Place find_bad_route_in(py::array const& topk_ids, py::array const& version_ids, std::int64_t num_experts) {
   return with_trace_dtype(topk_ids, "topk_ids", [&]<class Id>() {
     auto ids = view<Id const, 3>(topk_ids, "topk_ids");
     auto versions = view<std::int32_t const, 1>(version_ids, "version_ids");
@@ -22,14 +22,14 @@ Place find_bad_row_in(py::array const& topk_ids, py::array const& version_ids, s
     check_length("version_ids", versions.shape[0], "topk_ids", num_tokens);
     check_experts<Id>(num_experts, topk);
     py::gil_scoped_release unlocked;
-    return find_bad_row(ids.data, versions.data, num_tokens, num_layers, topk, static_cast<std::size_t>(num_experts));
+    return find_bad_route(ids.data, versions.data, num_tokens, num_layers, topk, static_cast<std::size_t>(num_experts));
   });
 }
 
 }  // namespace
 
 void register_rows(py::module_& module) {
-  module.def("find_bad_row", &find_bad_row_in, py::arg("topk_ids").noconvert(), py::arg("version_ids").noconvert(),
+  module.def("find_bad_route", &find_bad_route_in, py::arg("topk_ids").noconvert(), py::arg("version_ids").noconvert(),
              py::arg("num_experts"));
 }
 

@@ -38,13 +38,13 @@ void encode_into(py::array const& topk_ids, py::array const& version_ids, std::i
                  py::array const& codes) {
   with_trace_dtype(topk_ids, "topk_ids", [&]<class Id>() {
     auto ids = view<Id const, 3>(topk_ids, "topk_ids");
-    // Which rows are coded decides how much is written.
+    // Which tokens are captured decides how much is written.
     auto const versions = copy_of(view<std::int32_t const, 1>(version_ids, "version_ids"));
     auto out = view<std::uint8_t, 1>(codes, "codes");
     SetShape const shape = shape_of(ids, versions, num_experts);
-    std::size_t const num_rows = count_captured(versions) * shape.num_layers;
-    check_length("codes", out.shape[0], "the captured rows' codes",
-                 set_bytes(num_rows, set_bits(shape.num_experts, shape.topk)));
+    std::size_t const num_routes = count_captured(versions) * shape.num_layers;
+    check_length("codes", out.shape[0], "the captured routes' codes",
+                 set_bytes(num_routes, set_bits(shape.num_experts, shape.topk)));
     py::gil_scoped_release unlocked;
     encode_sets(shape, ids.data, versions, std::as_writable_bytes(out.span()));
   });
@@ -54,7 +54,7 @@ void decode_into(py::array const& codes, py::array const& version_ids, std::int6
                  py::array const& topk_ids) {
   with_trace_dtype(topk_ids, "topk_ids", [&]<class Id>() {
     auto in = view<std::uint8_t const, 1>(codes, "codes");
-    // Which rows are coded decides how much is written.
+    // Which tokens are captured decides how much is written.
     auto const versions = copy_of(view<std::int32_t const, 1>(version_ids, "version_ids"));
     auto ids = view<Id, 3>(topk_ids, "topk_ids");
     SetShape const shape = shape_of(ids, versions, num_experts);

@@ -328,7 +328,7 @@ void test_random_sets(std::size_t num_experts, std::size_t topk) {
   for (std::size_t trial = 0; trial < 60; ++trial) {
     std::size_t const cell = random() % ids.size(), other = cell / topk * topk + random() % topk;
     Id const before = std::exchange(ids[cell], static_cast<Id>(trial % 2 == 0 ? random() : ids[other]));
-    bool const bad = r3::find_bad_row(ids.data(), versions.data(), kTokens, kLayers, topk, num_experts).has_value();
+    bool const bad = r3::find_bad_route(ids.data(), versions.data(), kTokens, kLayers, topk, num_experts).has_value();
     auto const error = error_of(
         [&] { r3::encode_sets(shape, ids.data(), std::span<std::int32_t const>(versions), std::span(codes)); });
     CHECK(bad == contains(error, "a row does not hold distinct ids"));
@@ -365,7 +365,7 @@ void test_rows() {
       ids.push_back(expert<Id>(0, i / topk, i % topk, 18));
     }
     std::vector<std::int32_t> const versions = {0, 5};
-    auto find = [&] { return r3::find_bad_row(ids.data(), versions.data(), 2, 3, topk, 18); };
+    auto find = [&] { return r3::find_bad_route(ids.data(), versions.data(), 2, 3, topk, 18); };
     CHECK(!find());
     ids.back() = 18;
     CHECK(find() == std::pair(std::size_t{1}, std::size_t{2}));

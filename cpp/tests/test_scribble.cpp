@@ -107,7 +107,7 @@ int main() {
   Ids ids = good_ids();
   Numbers versions(kTokens), tokens(kTokens, 5);
   std::uint16_t const large = 60000;
-  scribble(ids, large, [&] { r3::find_bad_row(ids.data(), versions.data(), kTokens, kLayers, kTopk, kExperts); });
+  scribble(ids, large, [&] { r3::find_bad_route(ids.data(), versions.data(), kTokens, kLayers, kTopk, kExperts); });
   scribble(ids, large, [&] { repack(ids, versions, tokens); });
   scribble(ids, large, [&] { collect(ids); });
   scribble(ids, large, [&] { code(ids, versions); });
@@ -117,7 +117,8 @@ int main() {
   });
   for (std::int32_t const bad : {-1, -2, 1 << 30}) {
     scribble(versions, bad, [&] { repack(ids, versions, tokens); });
-    scribble(versions, bad, [&] { r3::find_bad_row(ids.data(), versions.data(), kTokens, kLayers, kTopk, kExperts); });
+    scribble(versions, bad,
+             [&] { r3::find_bad_route(ids.data(), versions.data(), kTokens, kLayers, kTopk, kExperts); });
   }
   scribble(tokens, std::int32_t{6}, [&] { repack(ids, versions, tokens); });
   r3::SetShape const shape{kTokens, kLayers, kTopk, kExperts};

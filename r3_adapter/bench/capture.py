@@ -32,7 +32,7 @@ from r3_adapter.proof.tiny import TinyModel, write_checkpoint
 from r3_adapter.sglang.capture import payload_of, trace_from_reply
 from r3_adapter.sglang.cpu import cpu_environment, has_gpu
 from r3_adapter.sglang.engine import Engine, native_bytes
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.settings import EngineSettings
 
 MODEL = TinyModel(num_layers=48, num_experts=128, topk=8, hidden_size=16)
@@ -177,9 +177,9 @@ def _summary(
     }
     if shape is not None:
         return figures | {"shape": shape, "num_layers": num_layers}
-    facts = ModelFacts(MODEL.num_experts, MODEL.topk, tuple(range(MODEL.num_layers)), MODEL.num_layers)
+    moe = MoEConfig(MODEL.num_experts, MODEL.topk, tuple(range(MODEL.num_layers)), MODEL.num_layers)
     return figures | {
-        "host_bytes_native": native_bytes(load.slots + 1, facts),
+        "host_bytes_native": native_bytes(load.slots + 1, moe),
         # Ids of a byte, a version of four, and two row numbers of eight.
         "host_bytes_patched": load.slots * (MODEL.num_layers * MODEL.topk + 4 + 16),
         "model": asdict(MODEL),
@@ -275,11 +275,11 @@ def _generate(engine: Engine, name: str, load: _Load) -> dict[str, float]:
         return found
     payload, num_tokens = payload_of(replies[0], name), load.prompt + load.response
     if name == "patched":
-        trace = trace_from_reply(replies[0], _prompts(engine, load)[0], facts=engine.facts)
+        trace = trace_from_reply(replies[0], _prompts(engine, load)[0], moe=engine.moe)
         assert trace.num_tokens == num_tokens
     else:
-        assert engine.facts is not None
-        assert len(payload) == native_bytes(num_tokens, engine.facts)
+        assert engine.moe is not None
+        assert len(payload) == native_bytes(num_tokens, engine.moe)
     found["bytes_per_token_engine"] = len(payload) / num_tokens
     found["bytes_per_token_http"] = len(base64.b64encode(payload)) / num_tokens
     return found

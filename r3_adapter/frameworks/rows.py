@@ -11,14 +11,14 @@ import numpy.typing as npt
 from r3_adapter.errors import CaptureError, ReplayError, TraceError, check_whole, show
 from r3_adapter.sglang.capture import trace_of_rows
 from r3_adapter.sglang.computation import read_computations
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import RoutingTrace
 
 UNKNOWN_VERSION = "unknown"
 """The name of weights that a sample does not name."""
 
 
-def facts_of_arguments(arguments: Any) -> ModelFacts:
+def moe_of_arguments(arguments: Any) -> MoEConfig:
     """Return what Megatron's arguments say of the model's routers.
 
     arguments: with num_layers, num_experts, moe_router_topk, and moe_layer_freq, a number or [L] of 0 and 1.
@@ -43,7 +43,7 @@ def facts_of_arguments(arguments: Any) -> ModelFacts:
     layer_ids = tuple(layer for layer, is_moe in enumerate(pattern) if is_moe)
     if not layer_ids:
         raise ReplayError(f"moe_layer_freq {show(frequency)}: none of {num_layers} layers has experts")
-    return ModelFacts(values["num_experts"], values["moe_router_topk"], layer_ids, num_layers)
+    return MoEConfig(values["num_experts"], values["moe_router_topk"], layer_ids, num_layers)
 
 
 def trace_of_sample(
@@ -51,7 +51,7 @@ def trace_of_sample(
     *,
     token_ids: list[int],
     num_prompt_tokens: int,
-    facts: ModelFacts,
+    moe: MoEConfig,
     weight_version: str,
     place: str,
 ) -> RoutingTrace:
@@ -71,9 +71,9 @@ def trace_of_sample(
             raise CaptureError(f"{place}: routes from token {found[0].start} != 0 on")
         routes = found[0].trace
     if isinstance(routes, RoutingTrace):
-        return _checked(routes, token_ids, facts, place)
+        return _checked(routes, token_ids, moe, place)
     rows = np.asarray(routes)
-    shape = (len(token_ids) - 1, facts.num_layers, facts.topk)
+    shape = (len(token_ids) - 1, moe.num_layers, moe.topk)
     if rows.dtype.kind not in "iu" or rows.shape != shape:
         raise CaptureError(
             f"{place}: routes of {rows.dtype}, shape {list(rows.shape)} != whole numbers of {list(shape)}"
@@ -83,17 +83,17 @@ def trace_of_sample(
         rows,
         token_ids=token_ids,
         num_prompt_tokens=num_prompt_tokens,
-        facts=facts,
+        moe=moe,
         weight_versions=weight_version,
         place=place,
     )
 
 
-def _checked(trace: RoutingTrace, token_ids: list[int], facts: ModelFacts, place: str) -> RoutingTrace:
+def _checked(trace: RoutingTrace, token_ids: list[int], moe: MoEConfig, place: str) -> RoutingTrace:
     for name, have, want in (
-        ("num_experts", trace.num_experts, facts.num_experts),
-        ("topk", trace.topk, facts.topk),
-        ("layer_ids", trace.layer_ids.tolist(), list(facts.layer_ids)),
+        ("num_experts", trace.num_experts, moe.num_experts),
+        ("topk", trace.topk, moe.topk),
+        ("layer_ids", trace.layer_ids.tolist(), list(moe.layer_ids)),
         ("number of tokens", trace.num_tokens, len(token_ids)),
     ):
         if have != want:

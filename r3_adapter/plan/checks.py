@@ -62,7 +62,7 @@ def _grids(request: PlanRequest) -> Callable[[], str]:
 def _stage_sizes(request: PlanRequest) -> Callable[[], str]:
     def says() -> str:
         sizes = [" + ".join(str(len(chunk)) for chunk in stage) for stage in request.stages()]
-        return f"num_layers ({request.model.facts.num_layers}) as {', '.join(sizes)}"
+        return f"num_layers ({request.model.moe.num_layers}) as {', '.join(sizes)}"
 
     return says
 
@@ -70,14 +70,14 @@ def _stage_sizes(request: PlanRequest) -> Callable[[], str]:
 def _trainer(request: PlanRequest) -> Iterator[Check]:
     model, layout = request.model, request.layout
     assert layout.etp is not None
-    experts = model.facts.num_experts
+    experts = model.moe.num_experts
     yield divides("trainer: experts", "ep", layout.ep, "experts", experts)
     yield divides("trainer: inner size of an expert", "etp", layout.etp, "moe_intermediate_size", model.expert_ffn_size)
     yield divides("trainer: attention heads", "tp", layout.tp, "num_attention_heads", model.num_heads)
     if model.num_kv_heads is not None:
         yield divides("trainer: key-value heads", "tp", layout.tp, "num_key_value_heads", model.num_kv_heads)
     yield divides("trainer: vocabulary", "tp", layout.tp, "vocab_size", model.vocab_size)
-    if model.num_moe_layers < model.facts.num_layers:
+    if model.num_moe_layers < model.moe.num_layers:
         yield divides("trainer: inner size of dense layers", "tp", layout.tp, "intermediate_size", model.ffn_size)
     if model.shared_ffn_size:
         yield divides("trainer: inner size of shared experts", "tp", layout.tp, "their size", model.shared_ffn_size)
@@ -130,8 +130,8 @@ def _engines(request: PlanRequest) -> Iterator[Check]:
         says = f"tp / dp_size ({attention}) and num_key_value_heads ({model.num_kv_heads})"
         yield Check("engine: key-value heads", high % low == 0, f"{says}: one {_must(high % low == 0)} the other")
     yield divides("engine: expert parallelism", "ep_size", engines.ep, "rollout tp", engines.tp)
-    yield divides("engine: experts", "ep_size", engines.ep, "experts", model.facts.num_experts)
-    layers = model.facts.num_layers
+    yield divides("engine: experts", "ep_size", engines.ep, "experts", model.moe.num_experts)
+    layers = model.moe.num_layers
     says = f"rollout pp ({engines.pp}) {'<=' if engines.pp <= layers else '>'} num_layers ({layers})"
     yield Check("engine: pipeline stages", engines.pp <= layers, says)
     if model.num_states and engines.arguments.get("max_total_tokens") is None:

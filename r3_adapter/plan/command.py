@@ -88,7 +88,7 @@ def check_checkpoint(args: argparse.Namespace, model: ModelShape) -> None:
 
 
 def _difference(name: str, have: Any, want: Any) -> str:
-    if name == "facts":
+    if name == "moe":
         for part in ("num_layers", "num_experts", "topk", "layer_ids"):
             if getattr(have, part) != getattr(want, part):
                 return f"{part} ({getattr(have, part)}) != {getattr(want, part)}"

@@ -97,9 +97,9 @@ def loads_of(
         raise R3Error("give traces, or a skew, and not both")
     if not 0 <= expert_share <= 1:
         raise R3Error(f"--expert-share ({expert_share}) outside 0 to 1")
-    layout, batch, facts = request.layout, request.batch, request.model.facts
-    if facts.num_experts % layout.ep:
-        raise LayoutError(f"ep ({layout.ep}) does not divide the {facts.num_experts} experts of a layer")
+    layout, batch, moe = request.layout, request.batch, request.model.moe
+    if moe.num_experts % layout.ep:
+        raise LayoutError(f"ep ({layout.ep}) does not divide the {moe.num_experts} experts of a layer")
     steps = _recorded(traces, request) if traces else _simulated(request, str(skew))
     assert layout.etp is not None
     # Of the data-parallel ranks whose tokens meet in a layer's experts, and no less than one.
@@ -107,7 +107,7 @@ def loads_of(
     max_tokens = parts * batch.micro_batch_size * batch.mean_length
     ways = compare(steps, layout.ep, max_tokens).ways
     live, planned = ways["arrival"].figures, ways.get("placed_last", ways["placed"]).figures
-    most = max(sum(layer in facts.layer_ids for chunk in stage for layer in chunk) for stage in request.stages())
+    most = max(sum(layer in moe.layer_ids for chunk in stage for layer in chunk) for stage in request.stages())
     calls = batch.num_micro_batches(layout) * most * (2 if recompute else 1)
     shared = layout.ep * layout.etp > 1
     row = request.model.dtype_size * (2 * request.model.hidden_size + 3 * request.model.expert_ffn_size // layout.etp)
@@ -129,11 +129,11 @@ def loads_of(
 
 
 def _recorded(traces: Sequence[SampleFolder], request: PlanRequest) -> list[Step]:
-    facts = request.model.facts
+    moe = request.model.moe
     steps = steps_of(traces)
     trace = traces[0][0].trace
     have = (trace.layer_ids.tolist(), trace.num_experts, trace.topk)
-    want = (list(facts.layer_ids), facts.num_experts, facts.topk)
+    want = (list(moe.layer_ids), moe.num_experts, moe.topk)
     for name, found, wanted in zip(("MoE layers", "experts", "topk"), have, want, strict=True):
         if found != wanted:
             raise R3Error(f"{name} ({found}) of the traces in {traces[0].folder} != {wanted} of --model-config")
@@ -143,13 +143,13 @@ def _recorded(traces: Sequence[SampleFolder], request: PlanRequest) -> list[Step
 def _simulated(request: PlanRequest, skew: str) -> list[Step]:
     if skew not in SPREADS:
         raise R3Error(f"--skew {skew!r} is none of {', '.join(SPREADS)}")
-    batch, facts = request.batch, request.model.facts
+    batch, moe = request.batch, request.model.moe
     prompts = min(batch.num_prompts, max(1, MOST_SAMPLES // batch.samples_per_prompt))
     world = World(
         skew=skew,  # type: ignore[arg-type]
-        num_experts=facts.num_experts,
-        topk=facts.topk,
-        num_layers=min(len(facts.layer_ids), MOST_LAYERS),
+        num_experts=moe.num_experts,
+        topk=moe.topk,
+        num_layers=min(len(moe.layer_ids), MOST_LAYERS),
         num_prompts=prompts,
         samples_per_prompt=min(batch.samples_per_prompt, MOST_SAMPLES),
         mean_tokens=batch.mean_length,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from r3_adapter.errors import LayoutError, UnknownModelError
 from r3_adapter.layout import ParallelLayout
-from r3_adapter.sglang.facts import ModelFacts, read_config
 from r3_adapter.sglang.meta_model import TOPK_NAMES, MetaModel, meta_model
+from r3_adapter.sglang.moe_config import MoEConfig, read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +49,7 @@ class ModelShape:
     """The sizes of a decoder with routed experts.
 
     family: model_type of the configuration.
-    facts: its layers and routers.
+    moe: its layers and routers.
     num_kv_heads: None under multi-head latent attention, where all ranks have the one latent.
     layers: of each decoder layer.
     embedding, output: parameters of the input's and of the output's table; the last norm's are `norm`.
@@ -60,7 +60,7 @@ class ModelShape:
     """
 
     family: str
-    facts: ModelFacts
+    moe: MoEConfig
     hidden_size: int
     num_heads: int
     num_kv_heads: int | None
@@ -89,20 +89,20 @@ class ModelShape:
         """
         _check_sizes(config, place)
         model = meta_model(config, place)
-        facts, text = ModelFacts.from_modules(model), model.config
-        layers = [_layer(model, at) for at in range(facts.num_layers)]
+        moe, text = MoEConfig.from_modules(model), model.config
+        layers = [_layer(model, at) for at in range(moe.num_layers)]
         root: Any = model.model
         table, head = root.get_input_embeddings(), root.get_output_embeddings()
         tied = bool(text.tie_word_embeddings) if head is None else head.weight is table.weight
         embedding, norm = _outside(model)
-        kinds = [_kind(model, at) for at in range(facts.num_layers)]
-        dense = [at for at in range(facts.num_layers) if at not in facts.layer_ids]
+        kinds = [_kind(model, at) for at in range(moe.num_layers)]
+        dense = [at for at in range(moe.num_layers) if at not in moe.layer_ids]
         heads = _config_size(model, "num_attention_heads")
         latent = any(name.endswith("kv_a_proj_with_mqa") for name, _ in model.decoder.named_modules())
         dtype = str(getattr(text, "dtype", None) or "bfloat16").removeprefix("torch.")
         return cls(
             family=model.family,
-            facts=facts,
+            moe=moe,
             hidden_size=_config_size(model, "hidden_size"),
             num_heads=heads,
             num_kv_heads=None if latent else int(getattr(text, "num_key_value_heads", None) or heads),
@@ -111,8 +111,8 @@ class ModelShape:
             norm=norm,
             output=head.weight.numel() if head is not None else table.weight.numel(),
             ffn_size=max((_inner_size(model.layers[at], "") for at in dense), default=0),
-            expert_ffn_size=_expert_size(model, facts),
-            shared_ffn_size=_inner_size(model.layers[facts.layer_ids[-1]], "shared"),
+            expert_ffn_size=_expert_size(model, moe),
+            shared_ffn_size=_inner_size(model.layers[moe.layer_ids[-1]], "shared"),
             vocab_size=_config_size(model, "vocab_size"),
             max_length=getattr(text, "max_position_embeddings", None),
             tied=tied,
@@ -134,11 +134,11 @@ class ModelShape:
 
     @property
     def num_moe_layers(self) -> int:
-        return len(self.facts.layer_ids)
+        return len(self.moe.layer_ids)
 
     def num_parameters(self) -> int:
         """Return the parameters of the whole model, without multi-token prediction layers."""
-        return sum(self.rank_parameters(range(self.facts.num_layers), ParallelLayout(), first=True, last=True))
+        return sum(self.rank_parameters(range(self.moe.num_layers), ParallelLayout(), first=True, last=True))
 
     def rank_parameters(self, layers: Sequence[int], layout: ParallelLayout, *, first: bool, last: bool) -> Parameters:
         """Return what a rank holds that has these decoder layers.
@@ -151,7 +151,7 @@ class ModelShape:
         dense += _share(self.embedding, tp) if first else 0
         # A tied output layer is a copy of the embedding where another stage has that.
         dense += self.norm + (0 if self.tied and first else _share(self.output, tp)) if last else 0
-        experts, num = _share(self.facts.num_experts, layout.ep), self.facts.num_experts
+        experts, num = _share(self.moe.num_experts, layout.ep), self.moe.num_experts
         return Parameters(dense, sum(experts * _share(each.experts // num, etp) for each in own))
 
     def kv_size(self, layers: Sequence[int], heads: int) -> int:
@@ -161,9 +161,9 @@ class ModelShape:
 
 
 def _layer(model: MetaModel, at: int) -> LayerShape:
-    layer, moe = model.layers[at], model.moe_layer(at)
-    names = moe.expert_parameters if moe is not None else frozenset[str]()
-    num = moe.num_experts if moe is not None else 0
+    layer, mlp = model.layers[at], model.moe_layer(at)
+    names = mlp.expert_parameters if mlp is not None else frozenset[str]()
+    num = mlp.num_experts if mlp is not None else 0
     split = whole = experts = 0
     for name, each in layer.named_parameters():
         if name in names:
@@ -234,13 +234,13 @@ def _inner_size(layer: "nn.Module", part: str) -> int:
     return max(found, default=0)
 
 
-def _expert_size(model: MetaModel, facts: ModelFacts) -> int:
+def _expert_size(model: MetaModel, moe: MoEConfig) -> int:
     """Return the inner size of a routed expert: its smallest dimension beside the hidden one."""
-    moe = model.moe_layer(facts.layer_ids[0])
-    assert moe is not None
-    hidden, layer = _config_size(model, "hidden_size"), dict(model.layers[facts.layer_ids[0]].named_parameters())
+    experts = model.moe_layer(moe.layer_ids[0])
+    assert experts is not None
+    hidden, layer = _config_size(model, "hidden_size"), dict(model.layers[moe.layer_ids[0]].named_parameters())
     found = set()
-    for name in moe.expert_parameters:
+    for name in experts.expert_parameters:
         shape = list(layer[name].shape[1:])
         if layer[name].dim() == 3 and hidden in shape:
             shape.remove(hidden)

@@ -60,16 +60,16 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything that the tables say, sizes in bytes."""
-        request, facts = self.request, self.request.model.facts
+        request, moe = self.request, self.request.model.moe
         report: dict[str, Any] = {
             "passed": self.passed,
             "model": {
                 "family": request.model.family,
                 "parameters": request.model.num_parameters(),
-                "layers": facts.num_layers,
-                "moe_layers": len(facts.layer_ids),
-                "experts": facts.num_experts,
-                "topk": facts.topk,
+                "layers": moe.num_layers,
+                "moe_layers": len(moe.layer_ids),
+                "experts": moe.num_experts,
+                "topk": moe.topk,
             },
             "layout": {**asdict(request.layout), "world_size": request.layout.world_size},
             "checks": [asdict(check) for check in self.checks],
@@ -101,16 +101,16 @@ def make_plan(request: PlanRequest, before: Sequence[Check] = ()) -> Plan:
     checks = [*before, *run_checks(request)]
     if not all(check.passed for check in checks):
         return Plan(request, [*checks, *_starts(request)], list(_notes(request)), None)
-    stages, facts, engine = request.stages(), request.model.facts, engine_memory(request)
+    stages, moe, engine = request.stages(), request.model.moe, engine_memory(request)
     of_stages = range(request.layout.pp)
     figures = Figures(
         stages=stages,
-        transports=transports(facts, request.batch),
+        transports=transports(moe, request.batch),
         routes=[stage_routes(request, stages, pp_rank) for pp_rank in of_stages],
         node_pulled=node_pulled(request, stages),
         memory=[rank_memory(request, stages, pp_rank) for pp_rank in of_stages],
-        native=capture_buffers(facts, request.engines, engine.num_slots, patched=False),
-        patched=capture_buffers(facts, request.engines, engine.num_slots, patched=True),
+        native=capture_buffers(moe, request.engines, engine.num_slots, patched=False),
+        patched=capture_buffers(moe, request.engines, engine.num_slots, patched=True),
         engine=engine,
         weights=weight_bytes(request.model),
     )

@@ -193,7 +193,7 @@ class PlanRequest:
         Raises:
             LayoutError: layers that cannot be shared out so.
         """
-        num_layers = self.model.facts.num_layers
+        num_layers = self.model.moe.num_layers
         if self.pipeline_layout is None:
             return even_stages(num_layers, self.layout)
         return stages_of(self.pipeline_layout, num_layers, self.layout)

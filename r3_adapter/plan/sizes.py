@@ -13,7 +13,7 @@ from r3_adapter.plan.model import ModelShape, Parameters
 from r3_adapter.plan.request import Batch, Engines, PlanRequest
 from r3_adapter.plan.stages import Stages, engine_stages
 from r3_adapter.sglang.engine import native_bytes
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import ids_dtype
 
 _TOKEN_BYTES = 8
@@ -29,17 +29,17 @@ def base64_bytes(size: int) -> int:
     return 4 * -(-size // 3)
 
 
-def id_bytes(facts: ModelFacts) -> int:
+def id_bytes(moe: MoEConfig) -> int:
     """Return the bytes of a token's ids in a RoutingTrace, [M, K]."""
-    return len(facts.layer_ids) * facts.topk * ids_dtype(facts.num_experts).itemsize
+    return len(moe.layer_ids) * moe.topk * ids_dtype(moe.num_experts).itemsize
 
 
-def trace_bytes(num_tokens: int, facts: ModelFacts) -> int:
+def trace_bytes(num_tokens: int, moe: MoEConfig) -> int:
     """Return the bytes of a RoutingTrace's arrays; its header takes some hundred more."""
-    return num_tokens * (_TOKEN_BYTES + id_bytes(facts)) + 4 * len(facts.layer_ids)
+    return num_tokens * (_TOKEN_BYTES + id_bytes(moe)) + 4 * len(moe.layer_ids)
 
 
-def set_bytes(num_rows: int, num_captured: int, facts: ModelFacts) -> int:
+def set_bytes(num_rows: int, num_captured: int, moe: MoEConfig) -> int:
     """Return the bytes of codec.encode_all's codes, token_ids and version_ids.
 
     num_rows: tokens that are not shared with the sample before; num_captured: those of them that hold a route.
@@ -48,19 +48,19 @@ def set_bytes(num_rows: int, num_captured: int, facts: ModelFacts) -> int:
         LayoutError: more experts than the code can tell apart.
     """
     try:
-        bits = _core.set_bits(facts.num_experts, facts.topk)
+        bits = _core.set_bits(moe.num_experts, moe.topk)
     except ValueError as error:
         raise LayoutError(f"set code: {error}") from error
-    return num_rows * _TOKEN_BYTES + (num_captured * len(facts.layer_ids) * bits + 7) // 8
+    return num_rows * _TOKEN_BYTES + (num_captured * len(moe.layer_ids) * bits + 7) // 8
 
 
-def set_bytes_of_groups(num_groups: int, samples: int, prompt: int, response: int, facts: ModelFacts) -> int:
+def set_bytes_of_groups(num_groups: int, samples: int, prompt: int, response: int, moe: MoEConfig) -> int:
     """Return `set_bytes` of groups of samples that share their prompt but for its last token.
 
     The engine computes that one again for each sample; each sample's last token holds no route.
     """
     rows = num_groups * (prompt - 1 + samples * (response + 1))
-    return set_bytes(rows, rows - num_groups * samples, facts)
+    return set_bytes(rows, rows - num_groups * samples, moe)
 
 
 class Transport(NamedTuple):
@@ -73,7 +73,7 @@ class Transport(NamedTuple):
     step: int
 
 
-def transports(facts: ModelFacts, batch: Batch) -> list[Transport]:
+def transports(moe: MoEConfig, batch: Batch) -> list[Transport]:
     """Return what each form takes; samples of mean length make the step."""
 
     def form(name: str, size: Callable[[int], int]) -> Transport:
@@ -81,13 +81,13 @@ def transports(facts: ModelFacts, batch: Batch) -> list[Transport]:
         return Transport(name, mean / batch.mean_length, mean, longest, mean * batch.num_samples)
 
     groups, samples = batch.num_prompts, batch.samples_per_prompt
-    step = set_bytes_of_groups(groups, samples, batch.mean_prompt, batch.mean_response, facts)
-    mean = set_bytes(batch.mean_length, batch.mean_length - 1, facts)
-    longest = set_bytes(batch.max_length, batch.max_length - 1, facts)
+    step = set_bytes_of_groups(groups, samples, batch.mean_prompt, batch.mean_response, moe)
+    mean = set_bytes(batch.mean_length, batch.mean_length - 1, moe)
+    longest = set_bytes(batch.max_length, batch.max_length - 1, moe)
     return [
-        form("SGLang's own: int32, all layers, base64", lambda size: base64_bytes(native_bytes(size, facts))),
-        form("patched: MoE layers, base64 (HTTP)", lambda size: base64_bytes(trace_bytes(size, facts))),
-        form("patched: bytes (in process, Ray)", lambda size: trace_bytes(size, facts)),
+        form("SGLang's own: int32, all layers, base64", lambda size: base64_bytes(native_bytes(size, moe))),
+        form("patched: MoE layers, base64 (HTTP)", lambda size: base64_bytes(trace_bytes(size, moe))),
+        form("patched: bytes (in process, Ray)", lambda size: trace_bytes(size, moe)),
         Transport(
             "as sets, prompts of a group once", step / batch.num_samples / batch.mean_length, mean, longest, step
         ),
@@ -115,12 +115,12 @@ class StageRoutes(NamedTuple):
 def stage_routes(request: PlanRequest, stages: Stages, pp_rank: int) -> StageRoutes:
     """Return the bytes of routes of each rank of a stage; the most where its chunks differ."""
     model, batch, layout = request.model, request.batch, request.layout
-    facts, num_micro = model.facts, batch.num_micro_batches(layout)
-    moe_layers = [len(set(chunk) & set(facts.layer_ids)) for chunk in stages[pp_rank]]
+    moe, num_micro = model.moe, batch.num_micro_batches(layout)
+    moe_layers = [len(set(chunk) & set(moe.layer_ids)) for chunk in stages[pp_rank]]
     tokens = batch.num_samples * batch.mean_length // layout.dp
-    ids = facts.topk * ids_dtype(facts.num_experts).itemsize
+    ids = moe.topk * ids_dtype(moe.num_experts).itemsize
     pulled = tokens * (_TOKEN_BYTES + sum(moe_layers) * ids)
-    row = facts.topk * _REPLAY_BYTES
+    row = moe.topk * _REPLAY_BYTES
     mean, longest = (row * batch.local_tokens(size, layout) for size in (batch.mean_length, batch.max_length))
     passes = in_flight(layout, pp_rank, num_micro)
     return StageRoutes(
@@ -194,21 +194,21 @@ class CaptureBuffers(NamedTuple):
     host: int
 
 
-def capture_buffers(facts: ModelFacts, engines: Engines, num_slots: int, *, patched: bool) -> CaptureBuffers:
+def capture_buffers(moe: MoEConfig, engines: Engines, num_slots: int, *, patched: bool) -> CaptureBuffers:
     """Return the buffers for so many KV slots in each data-parallel rank's pool; on a GPU, of the largest stage.
 
     Source: sglang@0.5.20 srt/state_capturer/base.py and routed_experts.py: int32, all layers, on every rank; patched:
         routed_experts_compact.py: MoE layers only, on a GPU those of its stage; ids, versions and links on the one
         rank that sends them.
     """
-    row = id_bytes(facts) if patched else 4 * facts.num_layers * facts.topk
+    row = id_bytes(moe) if patched else 4 * moe.num_layers * moe.topk
     tokens = engines.forward_tokens(patched=patched)
     if not patched:
         return CaptureBuffers(tokens * row, num_slots * row, engines.size * num_slots * row)
-    moe = set(facts.layer_ids)
-    most = max(len(moe & set(stage)) for stage in engine_stages(facts.num_layers, engines.pp))
+    with_experts = set(moe.layer_ids)
+    most = max(len(with_experts & set(stage)) for stage in engine_stages(moe.num_layers, engines.pp))
     host = num_slots * (row + _SLOT_BYTES)
-    return CaptureBuffers(tokens * row * most // len(moe), host, engines.dp * host)
+    return CaptureBuffers(tokens * row * most // len(with_experts), host, engines.dp * host)
 
 
 class EngineMemory(NamedTuple):
@@ -230,7 +230,7 @@ def engine_memory(request: PlanRequest) -> EngineMemory:
     With a pipeline the weights are those of the stage with most of them, the KV that of the one that caches most.
     """
     model, engines = request.model, request.engines
-    stages = engine_stages(model.facts.num_layers, engines.pp)
+    stages = engine_stages(model.moe.num_layers, engines.pp)
     parameters = max(
         sum(model.rank_parameters(layers, ParallelLayout(), first=at == 0, last=at == engines.pp - 1))
         for at, layers in enumerate(stages)

@@ -16,10 +16,10 @@ Row = TypeVar("Row")
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print what a plan says; what failed comes last."""
-    model, facts, layout = plan.request.model, plan.request.model.facts, plan.request.layout
+    model, moe, layout = plan.request.model, plan.request.model.moe, plan.request.layout
     console.print(
-        f"[bold]{model.family}[/bold]: {facts.num_layers} layers, {len(facts.layer_ids)} of them MoE, "
-        f"{facts.num_experts} experts, top-{facts.topk}, {model.num_parameters() / 1e9:.1f} B parameters",
+        f"[bold]{model.family}[/bold]: {moe.num_layers} layers, {len(moe.layer_ids)} of them MoE, "
+        f"{moe.num_experts} experts, top-{moe.topk}, {model.num_parameters() / 1e9:.1f} B parameters",
         highlight=False,
     )
     console.print(f"{_where(plan)}\n", highlight=False)
@@ -153,8 +153,8 @@ def _loads_table(loads: Loads) -> Table:
 
 def _runs(plan: Plan, found: Figures, rows: Sequence[Row]) -> Iterator[tuple[str, str, Row]]:
     """Yield stages with their layers, those that are next to each other and alike as one."""
-    moe = set(plan.request.model.facts.layer_ids)
-    counts = [[layer in moe for chunk in stage for layer in chunk] for stage in found.stages]
+    with_experts = set(plan.request.model.moe.layer_ids)
+    counts = [[layer in with_experts for chunk in stage for layer in chunk] for stage in found.stages]
     begin = 0
     for stage in range(len(rows)):
         own = (sum(counts[stage]), len(counts[stage]), rows[stage])

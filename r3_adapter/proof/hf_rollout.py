@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from r3_adapter.errors import CaptureError
 from r3_adapter.report import ProgressCallback
 from r3_adapter.rollout import Sample
-from r3_adapter.sglang.facts import ModelFacts, read_config
 from r3_adapter.sglang.meta_model import modules_of
+from r3_adapter.sglang.moe_config import MoEConfig, read_config
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
 
@@ -75,15 +75,15 @@ def hf_rollout(
     Raises:
         CaptureError: A model whose routers are not known here, or whose experts were given others than were chosen.
     """
-    model, facts = load(checkpoint), ModelFacts.from_checkpoint(checkpoint)
+    model, moe = load(checkpoint), MoEConfig.from_checkpoint(checkpoint)
     if perturb is not None and replay is not None:
         raise CaptureError("a rollout is either perturbed or replayed, not both")
     generator = torch.Generator().manual_seed(seed)
     choose: Choose = lambda layer, ids, scores: ids  # noqa: E731
     if perturb is not None:
         choose = _perturbed(perturb)
-    given = None if replay is None else _Replay(requests, replay, facts)
-    watch = _Watch(model, facts, choose if given is None else given.choose)
+    given = None if replay is None else _Replay(requests, replay, moe)
+    watch = _Watch(model, moe, choose if given is None else given.choose)
     lengths = [request.length for request in requests]
     tokens = torch.zeros(len(requests), max(lengths), dtype=torch.long)
     logprobs = torch.zeros(len(requests), max(lengths))
@@ -111,7 +111,7 @@ def hf_rollout(
             progress(sum(length <= stop + 1 for length in lengths), len(lengths))
     found = torch.cat(rows, dim=1).numpy()
     return [
-        _sample(request, tokens[i].numpy(), logprobs[i].numpy(), found[i], facts) for i, request in enumerate(requests)
+        _sample(request, tokens[i].numpy(), logprobs[i].numpy(), found[i], moe) for i, request in enumerate(requests)
     ]
 
 
@@ -169,11 +169,11 @@ def _sample(
     tokens: npt.NDArray[np.int64],
     logprobs: npt.NDArray[np.float32],
     rows: npt.NDArray[Any],
-    facts: ModelFacts,
+    moe: MoEConfig,
 ) -> Sample:
     """Make a sample; tokens, logprobs: [S]; rows: [S - 1, M, K]."""
     length = request.length
-    topk_ids = np.zeros((length, *rows.shape[1:]), ids_dtype(facts.num_experts))
+    topk_ids = np.zeros((length, *rows.shape[1:]), ids_dtype(moe.num_experts))
     topk_ids[:-1] = rows[: length - 1]
     version_ids = np.zeros(length, np.int32)
     version_ids[-1] = NOT_CAPTURED
@@ -181,8 +181,8 @@ def _sample(
         topk_ids=topk_ids,
         token_ids=tokens[:length].astype(np.int32),
         version_ids=version_ids,
-        layer_ids=np.asarray(facts.layer_ids, np.int32),
-        num_experts=facts.num_experts,
+        layer_ids=np.asarray(moe.layer_ids, np.int32),
+        num_experts=moe.num_experts,
         weight_versions=("default",),
     )
     num_prompt_tokens = len(request.prompt)
@@ -209,11 +209,11 @@ def _perturbed(perturb: Perturbation) -> Choose:
 class _Replay:
     """Chooses the experts of traces; span: the positions of the forward pass."""
 
-    def __init__(self, requests: Sequence[Request], traces: Sequence[RoutingTrace], facts: ModelFacts) -> None:
+    def __init__(self, requests: Sequence[Request], traces: Sequence[RoutingTrace], moe: MoEConfig) -> None:
         if len(traces) != len(requests):
             raise CaptureError(f"routes of {len(traces)} samples != {len(requests)} requests")
         self.traces, self.span = traces, slice(0, 0)
-        self.column = {layer: at for at, layer in enumerate(facts.layer_ids)}
+        self.column = {layer: at for at, layer in enumerate(moe.layer_ids)}
 
     def choose(self, layer: int, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         given = ids.reshape(len(self.traces), -1, ids.shape[-1]).clone()
@@ -236,17 +236,17 @@ class _Watch(TorchFunctionMode):
         CaptureError: A layer whose experts get other ids than were chosen, or whose router chose in another way.
     """
 
-    def __init__(self, model: Any, facts: ModelFacts, choose: Choose) -> None:
+    def __init__(self, model: Any, moe: MoEConfig, choose: Choose) -> None:
         super().__init__()
-        self.facts, self.choose = facts, choose
+        self.moe, self.choose = moe, choose
         self.going = torch.ones(0, dtype=torch.bool)
         self._layer: int | None = None
         self._chosen: dict[int, torch.Tensor] = {}
         self._given: dict[int, torch.Tensor] = {}
         modules = modules_of(model, type(model).__name__)
-        self._blocks = {layer: modules.moe_modules(layer) for layer in facts.layer_ids}
+        self._blocks = {layer: modules.moe_modules(layer) for layer in moe.layer_ids}
         # Nothing chooses there: experts follow from the token.
-        self._hashed = {layer for layer in facts.layer_ids if modules.is_hashed(layer)}
+        self._hashed = {layer for layer in moe.layer_ids if modules.is_hashed(layer)}
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> "_Watch":
@@ -274,7 +274,7 @@ class _Watch(TorchFunctionMode):
         if self._layer is None or getattr(func, "__name__", "") != "topk":
             return out
         scores, ids = args[0] if args else (kwargs or {})["input"], out[1]
-        if scores.shape[-1] != self.facts.num_experts or ids.shape[-1] != self.facts.topk:
+        if scores.shape[-1] != self.moe.num_experts or ids.shape[-1] != self.moe.topk:
             return out
         layer = self._layer
         # What is chosen is chosen once.
@@ -290,7 +290,7 @@ class _Watch(TorchFunctionMode):
         missing = sorted(self._blocks.keys() - self._given.keys())
         if missing:
             raise CaptureError(f"layer {missing[0]}: its experts were not called in a forward pass")
-        rows = [self._given[layer].reshape(num_samples, -1, self.facts.topk) for layer in self.facts.layer_ids]
+        rows = [self._given[layer].reshape(num_samples, -1, self.moe.topk) for layer in self.moe.layer_ids]
         self._chosen.clear()
         self._given.clear()
         return torch.stack(rows, dim=2)
@@ -300,12 +300,12 @@ class _Watch(TorchFunctionMode):
 
     def _record(self, layer: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         found = [each for each in (*args, *kwargs.values()) if _is_ids(each)]
-        if len(found) != 1 or found[0].shape[-1] != self.facts.topk:
+        if len(found) != 1 or found[0].shape[-1] != self.moe.topk:
             raise CaptureError(f"layer {layer}: which of its experts' arguments are ids is not known")
         ids, chosen = found[0], self._chosen.get(layer)
         if layer in self._hashed and chosen is None:
             chosen = ids
-        if chosen is None or not torch.equal(ids.reshape(-1, self.facts.topk), chosen.reshape(-1, self.facts.topk)):
+        if chosen is None or not torch.equal(ids.reshape(-1, self.moe.topk), chosen.reshape(-1, self.moe.topk)):
             raise CaptureError(f"layer {layer}: its experts were given other ids than its router was told to choose")
         self._given[layer] = ids.detach().clone()
 

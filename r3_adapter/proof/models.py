@@ -14,8 +14,8 @@ from r3_adapter.proof.families import COMMON, DEFAULT, ENGINE_ON_CPU, FAMILIES, 
 from r3_adapter.proof.shrink import cut, small
 from r3_adapter.proof.tiny import DType, TinyModel, qwen3_moe_config, write_checkpoint
 from r3_adapter.sglang.cpu import has_gpu
-from r3_adapter.sglang.facts import ModelFacts, read_config
 from r3_adapter.sglang.meta_model import meta_model, quiet
+from r3_adapter.sglang.moe_config import MoEConfig, read_config
 
 
 def families() -> list[str]:
@@ -178,7 +178,7 @@ def model_config(model: str, *, num_layers: int | None = None, real_sizes: bool 
     config = _completed(read_config(path / "config.json"), str(path))
     if not real_sizes:
         config = small(config)
-    layer_ids = ModelFacts.from_config(config, place=str(path)).layer_ids
+    layer_ids = MoEConfig.from_config(config, place=str(path)).layer_ids
     if num_layers is None:
         num_layers = layer_ids[min(1, len(layer_ids) - 1)] + 1
     found = cut(config, num_layers)

@@ -192,7 +192,7 @@ class RolloutActor:
         task, prompt = self._task, group.prompt
         place = f"prompt {group.number}, sample {index}"
         params = {**self._params, "temperature": 0.0} if group.greedy else self._params
-        talk = Conversation(prompt, self._engine.facts, place=place, temperature=scored_temperature(params))
+        talk = Conversation(prompt, self._engine.moe, place=place, temperature=scored_temperature(params))
         name = f"{group.number}.{index}" if task.max_turns > 1 else ""
         for turn in range(task.max_turns):
             before, version = len(talk.tokens), self._engine.weight_version

@@ -26,7 +26,7 @@ def flops_per_token(model: ModelShape) -> float:
     Attention's own products are left out, so the share of long sequences is a little low; so is recomputation.
     """
     layers = sum(layer.split + layer.whole for layer in model.layers)
-    experts = sum(layer.experts for layer in model.layers) * model.facts.topk / model.facts.num_experts
+    experts = sum(layer.experts for layer in model.layers) * model.moe.topk / model.moe.num_experts
     return 6 * (layers + experts + model.output)
 
 

@@ -165,7 +165,8 @@ class RunLog:
         if (samples := self.folder / "samples.jsonl").exists():
             ends = [line.end for line in read_lines(samples, check_samples).lines if line.value["step"] <= self._last]
             os.truncate(samples, max(ends, default=0))
-        said = [f"{len(lines) - len(kept)} steps dropped"]
+        dropped = len(lines) - len(kept)
+        said = [f"{dropped} step{'' if dropped == 1 else 's'} dropped"]
         if resume_at is not None and self._last + 1 < resume_at:
             said.append(f"steps {self._last + 1} to {resume_at - 1} are not in the log")
         said += [f"{key} changed" for key in config if key != "flags" and before.get(key) != config[key]]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from r3_adapter.errors import CaptureError, TraceError, check_choice, check_whole
 from r3_adapter.sglang.computation import Computation, read_computations
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.reply import (
     Policy,
     check_finished,
@@ -64,7 +64,7 @@ def computations_from_reply(
     prompt_ids: Sequence[int],
     *,
     place: str = "reply",
-    facts: ModelFacts | None = None,
+    moe: MoEConfig | None = None,
     start: int = 0,
     missing: Policy = "raise",
     aborted: Policy = "raise",
@@ -73,7 +73,7 @@ def computations_from_reply(
 
     reply: what Engine.generate or POST /generate returned for one request.
     place: names the request in errors.
-    facts: the model that the trainer has; None to believe the reply.
+    moe: the model that the trainer has; None to believe the reply.
     start: the request's routed_experts_start_len; the traces then hold the tokens from there on.
     missing: whether a token that was fed forward and has no route is an error, or stays as one that was not captured.
     aborted: whether a request that was aborted is an error, or gives the routes of what it computed until then.
@@ -103,7 +103,7 @@ def computations_from_reply(
     found = read_computations(payload, place=place)
     token_ids = [*prompt_ids, *output_ids]
     check_computations(
-        found, token_ids, len(prompt_ids), facts=facts, start=start, place=place, complete=missing == "raise"
+        found, token_ids, len(prompt_ids), moe=moe, start=start, place=place, complete=missing == "raise"
     )
     return found
 
@@ -113,7 +113,7 @@ def check_computations(
     token_ids: Sequence[int],
     num_prompt_tokens: int,
     *,
-    facts: ModelFacts | None,
+    moe: MoEConfig | None,
     place: str,
     start: int = 0,
     complete: bool = True,
@@ -129,8 +129,8 @@ def check_computations(
     for computation in found:
         trace = computation.trace
         _check_tokens(trace, token_ids[start : computation.stop], start, place)
-        if facts is not None:
-            _check_model(trace, facts, place)
+        if moe is not None:
+            _check_model(trace, moe, place)
         # The last token was sampled and never fed forward.
         lost = np.flatnonzero(trace.version_ids[:-1] == NOT_CAPTURED)
         if complete and len(lost):
@@ -142,7 +142,7 @@ def check_computations(
 def trace_from_native_reply(
     reply: Mapping[str, Any],
     prompt_ids: Sequence[int],
-    facts: ModelFacts,
+    moe: MoEConfig,
     *,
     place: str = "reply",
     start: int = 0,
@@ -151,7 +151,7 @@ def trace_from_native_reply(
     """Read the routes of one reply of an unpatched server (format "flat"), or of a patched one with "exact-flat".
 
     They say neither tokens nor model nor weights, and have no checksum: the tokens are those of the reply, the model is
-    the one of `facts`, and the weights are those that the reply's meta_info names.
+    the one of `moe`, and the weights are those that the reply's meta_info names.
 
     start: the request's routed_experts_start_len; the trace then holds the tokens from there on.
     aborted: whether a request that was aborted is an error, or gives the routes of what it computed until then.
@@ -169,7 +169,7 @@ def trace_from_native_reply(
         payload_of(reply, place),
         token_ids=[*prompt_ids, *output_ids_of(reply, place)],
         num_prompt_tokens=len(prompt_ids),
-        facts=facts,
+        moe=moe,
         weight_versions=versions,
         place=place,
         start=start,
@@ -181,7 +181,7 @@ def decode_native(
     *,
     token_ids: Sequence[int],
     num_prompt_tokens: int,
-    facts: ModelFacts,
+    moe: MoEConfig,
     weight_versions: str | Sequence[Mapping[str, Any]] = "default",
     place: str = "payload",
     start: int = 0,
@@ -203,7 +203,7 @@ def decode_native(
     """
     data = from_base64(payload, place)
     start = min(check_whole("start", start, 0, error=CaptureError), len(token_ids) - 1)
-    shape = (len(token_ids) - 1 - start, facts.num_layers, facts.topk)
+    shape = (len(token_ids) - 1 - start, moe.num_layers, moe.topk)
     if len(data) != 4 * shape[0] * shape[1] * shape[2]:
         raise CaptureError(
             f"{place}: payload of {len(data)} bytes != {4 * shape[0] * shape[1] * shape[2]} of int32 {list(shape)}"
@@ -214,7 +214,7 @@ def decode_native(
         routes,
         token_ids=token_ids,
         num_prompt_tokens=num_prompt_tokens,
-        facts=facts,
+        moe=moe,
         weight_versions=weight_versions,
         place=place,
         start=start,
@@ -226,23 +226,23 @@ def trace_of_rows(
     *,
     token_ids: Sequence[int],
     num_prompt_tokens: int,
-    facts: ModelFacts,
+    moe: MoEConfig,
     weight_versions: str | Sequence[Mapping[str, Any]],
     place: str,
     start: int = 0,
 ) -> RoutingTrace:
     """Make a trace of routes [S - 1 - start, L, K], of any integer type, of all decoder layers; see decode_native."""
-    _check_native(routes, facts, place, start)
-    topk_ids = np.zeros((len(routes) + 1, len(facts.captured_layer_ids), facts.topk), ids_dtype(facts.num_experts))
-    topk_ids[:-1] = routes[:, list(facts.captured_layer_ids)]
+    _check_native(routes, moe, place, start)
+    topk_ids = np.zeros((len(routes) + 1, len(moe.captured_layer_ids), moe.topk), ids_dtype(moe.num_experts))
+    topk_ids[:-1] = routes[:, list(moe.captured_layer_ids)]
     version_ids, names = version_rows(weight_versions, num_prompt_tokens, len(token_ids), place)
     try:
         return RoutingTrace(
             topk_ids=topk_ids,
             token_ids=np.asarray(token_ids[start:], np.int32),
             version_ids=version_ids[start:],
-            layer_ids=np.asarray(facts.captured_layer_ids, np.int32),
-            num_experts=facts.num_experts,
+            layer_ids=np.asarray(moe.captured_layer_ids, np.int32),
+            num_experts=moe.num_experts,
             weight_versions=names,
         )
     except TraceError as error:
@@ -279,25 +279,25 @@ def _check_tokens(trace: RoutingTrace, token_ids: Sequence[int], start: int, pla
         )
 
 
-def _check_model(trace: RoutingTrace, facts: ModelFacts, place: str) -> None:
+def _check_model(trace: RoutingTrace, moe: MoEConfig, place: str) -> None:
     for name, have, want in (
-        ("num_experts", trace.num_experts, facts.num_experts),
-        ("topk", trace.topk, facts.topk),
-        ("layer_ids", trace.layer_ids.tolist(), list(facts.captured_layer_ids)),
+        ("num_experts", trace.num_experts, moe.num_experts),
+        ("topk", trace.topk, moe.topk),
+        ("layer_ids", trace.layer_ids.tolist(), list(moe.captured_layer_ids)),
     ):
         if have != want:
             raise CaptureError(f"{place}: routes of {name} {have} != {want} of the model")
 
 
-def _check_native(routes: npt.NDArray[np.int32], facts: ModelFacts, place: str, start: int) -> None:
-    bad = np.argwhere((routes < 0) | (routes >= facts.num_experts))
+def _check_native(routes: npt.NDArray[np.int32], moe: MoEConfig, place: str, start: int) -> None:
+    bad = np.argwhere((routes < 0) | (routes >= moe.num_experts))
     if len(bad):
         token, layer, column = bad[0]
         raise CaptureError(
             f"{place}: expert {routes[token, layer, column]} at token {start + token}, layer {layer} "
-            f"outside 0 to num_experts ({facts.num_experts}) - 1"
+            f"outside 0 to num_experts ({moe.num_experts}) - 1"
         )
-    dense = sorted(set(range(facts.num_layers)) - set(facts.layer_ids))
+    dense = sorted(set(range(moe.num_layers)) - set(moe.layer_ids))
     wrong = [layer for layer in dense if routes[:, layer].any()]
     if wrong:
-        raise CaptureError(f"{place}: layer {wrong[0]} has routes, but the MoE layers are {list(facts.layer_ids)}")
+        raise CaptureError(f"{place}: layer {wrong[0]} has routes, but the MoE layers are {list(moe.layer_ids)}")

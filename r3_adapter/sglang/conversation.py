@@ -9,7 +9,7 @@ from r3_adapter.errors import CaptureError
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.capture import computations_from_reply
 from r3_adapter.sglang.computation import Computation, join_turns
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.reply import logprobs_of, payload_of
 from r3_adapter.sglang.sampling import scored_temperature
 
@@ -25,14 +25,14 @@ class Conversation:
     def __init__(
         self,
         prompt: Sequence[int],
-        facts: ModelFacts | None,
+        moe: MoEConfig | None,
         *,
         place: str = "conversation",
         temperature: float = 1.0,
     ) -> None:
         self.tokens = list(prompt)
         self.start = 0
-        self._facts, self._place, self._temperature = facts, place, temperature
+        self._moe, self._place, self._temperature = moe, place, temperature
         # Runs of turns, each computed on top of the one before, with the last one's reply; mostly one run.
         self._runs: list[tuple[Computation, list[Sample]]] = []
         self._num_turns = 0
@@ -46,7 +46,7 @@ class Conversation:
             TraceError: Malformed routes.
         """
         where = f"{self._place}, turn {self._num_turns}"
-        found = computations_from_reply(reply, self.tokens, facts=self._facts, start=self.start, place=where)
+        found = computations_from_reply(reply, self.tokens, moe=self._moe, start=self.start, place=where)
         if len(found) > 1:
             raise CaptureError(f"{where}: computed {len(found)} times, since SGLang retracted (preempted) it")
         computation, turns = found[0], list[Sample]()
@@ -96,7 +96,7 @@ def _one_sample(turns: Sequence[Sample]) -> Sample:
 class Asks(Protocol):
     """The methods of an engine that a conversation calls."""
 
-    facts: ModelFacts | None
+    moe: MoEConfig | None
 
     def replies(
         self, prompts: Sequence[Sequence[int]], sampling_params: Mapping[str, Any], *, start: int = 0
@@ -121,7 +121,7 @@ def converse(
         CaptureError, TraceError: as Conversation.take.
     """
     temperature = scored_temperature(sampling_params)
-    samples, conversation = list[Sample](), Conversation(prompt, engine.facts, place=place, temperature=temperature)
+    samples, conversation = list[Sample](), Conversation(prompt, engine.moe, place=place, temperature=temperature)
     for follow_up in [*follow_ups, None]:
         (reply,) = engine.replies([conversation.tokens], sampling_params, start=conversation.start)
         samples.append(conversation.take(reply))

@@ -19,10 +19,10 @@ from r3_adapter.hash_layers import HashTables
 from r3_adapter.processes import run_together
 from r3_adapter.rollout import Sample, load_samples
 from r3_adapter.sglang.cpu import cpu_environment, enable_cpu, has_gpu
-from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.guard import EngineProcesses
 from r3_adapter.sglang.http import generate_over_http
 from r3_adapter.sglang.meeting import FOLDER
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.perturb import SWITCH, VARIABLE
 from r3_adapter.sglang.plugin import check_installed
 from r3_adapter.sglang.samples import Prompts, Recomputed, checked_prompt, checked_prompts, native_bytes, samples_of
@@ -61,11 +61,11 @@ class Engine:
                 f"model_path {settings.model_path!r} is no folder; download a model of the hub first (`hf download`), "
                 "and name its folder"
             )
-        # The facts are read with transformers, which looks once for what is installed.
+        # The config is read with transformers, which looks once for what is installed.
         enable_cpu()
-        self.facts = ModelFacts.if_known(Path(settings.model_path))
+        self.moe = MoEConfig.if_known(Path(settings.model_path))
         self.tables: HashTables | None = None
-        if self.facts is not None and self.facts.hash_layer_ids:
+        if self.moe is not None and self.moe.hash_layer_ids:
             self.tables = HashTables.from_checkpoint(Path(settings.model_path))
         self.weight_version = settings.weight_version
         self._versions = {settings.weight_version}
@@ -290,7 +290,7 @@ class Engine:
         return samples_of(
             replies,
             prompts,
-            self.facts,
+            self.moe,
             native=native,
             recomputed=recomputed,
             sampling_params=sampling_params,

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from r3_adapter.errors import CaptureError, check_choice, show
 from r3_adapter.rollout import Sample
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.samples import Prompts, Recomputed, checked_prompts, samples_of
 from r3_adapter.sglang.sampling import SamplingParams, checked_all
 from r3_adapter.sglang.shared import fetch_payload
@@ -29,7 +29,7 @@ def generate_over_http(
     url: str,
     prompts: Prompts,
     sampling_params: SamplingParams,
-    facts: ModelFacts | None,
+    moe: MoEConfig | None,
     *,
     native: bool = False,
     recomputed: Recomputed = "raise",
@@ -40,7 +40,7 @@ def generate_over_http(
     """Generate at a running server (one POST to /generate for all prompts); return a sample for each prompt.
 
     url: as in "http://127.0.0.1:30000".
-    facts, recomputed: as in samples_of.
+    moe, recomputed: as in samples_of.
     shared_memory: the --routed-experts-dir of a server on this host; None if the routes come with the replies.
     proxy: URL of one to go through. The environment's (`http_proxy`) is never asked, and the loopback never goes
         through one.
@@ -62,7 +62,7 @@ def generate_over_http(
     if shared_memory is not None and isinstance(replies, list):
         replies = [fetch_payload(reply, shared_memory, f"{place} {at}") for at, reply in enumerate(replies)]
     return samples_of(
-        replies, prompts, facts, native=native, place=place, recomputed=recomputed, sampling_params=sampling_params
+        replies, prompts, moe, native=native, place=place, recomputed=recomputed, sampling_params=sampling_params
     )
 
 

@@ -14,7 +14,7 @@ from r3_adapter.errors import CaptureError, check_whole, show
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.capture import check_computations
 from r3_adapter.sglang.computation import read_computations
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.reply import as_logprobs, from_base64, token_ids_of
 from r3_adapter.sglang.sampling import NEUTRAL, UNSCORED, checked_params, scored_temperature
 
@@ -38,7 +38,7 @@ _ENDS = ("stop", "length", "tool_calls", "function_call")
 def sample_of_openai(
     reply: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     request: Mapping[str, Any],
-    facts: ModelFacts | None = None,
+    moe: MoEConfig | None = None,
     *,
     prompt_ids: Sequence[int] | None = None,
     place: str = "reply",
@@ -48,7 +48,7 @@ def sample_of_openai(
     reply: the JSON of it; of a stream the events, as events_of reads them.
     request: the body that was sent, with return_routed_experts and logprobs. It must say temperature and
         repetition_penalty, for which a server may have other defaults.
-    facts: the model that the trainer has; None to believe the reply.
+    moe: the model that the trainer has; None to believe the reply.
     prompt_ids: the prompt, where it is known; it is then compared.
 
     Raises:
@@ -68,7 +68,7 @@ def sample_of_openai(
         raise CaptureError(f"{place}: computed {len(found)} times, since SGLang retracted (preempted) it")
     token_ids = found[0].trace.token_ids.tolist()
     num_prompt_tokens = _prompt_length(parts, choices, extras, prompt_ids, token_ids, place)
-    check_computations(found, token_ids, num_prompt_tokens, facts=facts, place=place)
+    check_computations(found, token_ids, num_prompt_tokens, moe=moe, place=place)
     logprobs = as_logprobs(_logprobs(choices, place), place)
     sampled = len(token_ids) - num_prompt_tokens
     if len(logprobs) != sampled:

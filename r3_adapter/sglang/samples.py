@@ -8,7 +8,7 @@ from r3_adapter.errors import CaptureError, check_choice, show
 from r3_adapter.hash_layers import HashTables
 from r3_adapter.rollout import Sample
 from r3_adapter.sglang.capture import computations_from_reply, trace_from_native_reply
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.reply import logprobs_of, payload_of
 from r3_adapter.sglang.sampling import SamplingParams, checked_all, scored_temperature
 
@@ -62,7 +62,7 @@ def checked_prompt(
 def samples_of(
     replies: Sequence[Mapping[str, Any]],
     prompts: Prompts,
-    facts: ModelFacts | None,
+    moe: MoEConfig | None,
     *,
     native: bool = False,
     place: str = "request",
@@ -72,9 +72,9 @@ def samples_of(
 ) -> list[Sample]:
     """Make samples of replies, in the order of their prompts.
 
-    facts: the routers of the model, as ModelFacts.if_known reads them; None where they are not known: the routes' own
+    moe: the routers of the model, as MoEConfig.if_known reads them; None where they are not known: the routes' own
         layers and experts are then taken as they are.
-    native: the routes are in SGLang's own form, of format "flat" or "exact-flat", which needs facts.
+    native: the routes are in SGLang's own form, of format "flat" or "exact-flat", which needs moe.
     sampling_params: that the replies were asked with, for all prompts or one for each; samples keep the temperature.
     tables: of layers whose experts follow from token ids, which engines do not capture: they are filled in.
     recomputed: what a request becomes that was retracted, so that its later tokens were sampled under other routes
@@ -100,13 +100,13 @@ def samples_of(
         where = f"{place} {index}"
         logprobs, size = logprobs_of(reply, where), len(payload_of(reply, where))
         if native:
-            if facts is None:
+            if moe is None:
                 raise CaptureError(f"{where}: routes in SGLang's own form, of a model whose layers are not known")
-            trace = trace_from_native_reply(reply, prompt, facts, place=where)
+            trace = trace_from_native_reply(reply, prompt, moe, place=where)
             trace = trace if tables is None else tables.fill(trace)
             samples.append(Sample(trace, len(prompt), logprobs, size, temperature=temperatures[index]))
             continue
-        found = computations_from_reply(reply, prompt, facts=facts, place=where)
+        found = computations_from_reply(reply, prompt, moe=moe, place=where)
         if recomputed == "raise" and len(found) > 1:
             why = "since SGLang retracted (preempted) it; read it as 'split'"
             raise CaptureError(f"{where}: computed {len(found)} times, {why}")
@@ -119,6 +119,6 @@ def samples_of(
     return samples
 
 
-def native_bytes(num_tokens: int, facts: ModelFacts) -> int:
+def native_bytes(num_tokens: int, moe: MoEConfig) -> int:
     """Return the size of SGLang's own payload for a sample of so many tokens, before base64."""
-    return 4 * (num_tokens - 1) * facts.num_layers * facts.topk
+    return 4 * (num_tokens - 1) * moe.num_layers * moe.topk

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from r3_adapter.errors import CaptureError, check_choice, check_whole, show
 from r3_adapter.rollout import Sample
-from r3_adapter.sglang.facts import ModelFacts, read_config
 from r3_adapter.sglang.http import checked_url, generate_over_http, get_json, post_json
+from r3_adapter.sglang.moe_config import MoEConfig, read_config
 from r3_adapter.sglang.openai import sample_of_openai
 from r3_adapter.sglang.sampling import ENGINE_REFUSALS, check_engine
 
@@ -113,19 +113,19 @@ def ask(
         TraceError: malformed routes.
     """
     check_choice("api", api, Api, CaptureError)
-    facts, sizes = ModelFacts.if_known(checkpoint), sizes_of(checkpoint)
+    moe, sizes = MoEConfig.if_known(checkpoint), sizes_of(checkpoint)
 
     def one(index: int) -> list[Sample]:
         prompt, length, place = list(prompts[index]), lengths[index], f"{served.url} request {index}"
         if api == "generate":
             params = {"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True}
             found = generate_over_http(
-                served.url, [prompt], params, facts, recomputed="split", timeout=timeout, proxy=proxy
+                served.url, [prompt], params, moe, recomputed="split", timeout=timeout, proxy=proxy
             )
         else:
             path, body = _openai_request(served, prompt, length, chat=bool(index % 2))
             reply = post_json(f"{served.url}{path}", body, timeout=timeout, proxy=proxy, place=place)
-            found = [sample_of_openai(reply, body, facts, prompt_ids=prompt, place=place)]
+            found = [sample_of_openai(reply, body, moe, prompt_ids=prompt, place=place)]
         for sample in found:
             _check(sample, served, sizes, place)
         return found

@@ -42,7 +42,7 @@ def flags(path: Path, *more: str) -> list[str]:
 def test_a_right_command_line(tmp_path: Path) -> None:
     more = ["--actor-num-gpus-per-node", "8", "--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "4"]
     found = check_flags(flags(engines(tmp_path), *more))
-    assert (found["layout"].dp, found["layout"].ep, found["facts"].layer_ids) == (4, 4, (1, 2, 3))
+    assert (found["layout"].dp, found["layout"].ep, found["moe"].layer_ids) == (4, 4, (1, 2, 3))
     assert found["engines"] == [f"{tmp_path}/engines.yaml: actor, group 1"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from r3_adapter.errors import CaptureError, ReplayError, TraceError
-from r3_adapter.frameworks.rows import facts_of_arguments, from_int32, to_int32
+from r3_adapter.frameworks.rows import from_int32, moe_of_arguments, to_int32
 from r3_adapter.frameworks.slime.batches import traces_of
 from r3_adapter.frameworks.slime.rollout import ROUTES, ask_for_routes, convert, generate
 from r3_adapter.trace import RoutingTrace
@@ -179,10 +179,10 @@ def test_damage_on_the_way_is_seen() -> None:
 
 
 def test_moe_layers_are_megatrons() -> None:
-    assert facts_of_arguments(arguments(moe_layer_freq=2)).layer_ids == (0, 2)
-    assert facts_of_arguments(arguments(moe_layer_freq=1)).layer_ids == (0, 1, 2, 3)
+    assert moe_of_arguments(arguments(moe_layer_freq=2)).layer_ids == (0, 2)
+    assert moe_of_arguments(arguments(moe_layer_freq=1)).layer_ids == (0, 1, 2, 3)
     for wrong in ([0, 1], [0, 2, 1, 1], [0, 0, 0, 0], 0, "1"):
         with pytest.raises(ReplayError, match="moe_layer_freq"):
-            facts_of_arguments(arguments(moe_layer_freq=wrong))
+            moe_of_arguments(arguments(moe_layer_freq=wrong))
     with pytest.raises(ReplayError, match=r"num_experts \(None\)"):
-        facts_of_arguments(arguments(num_experts=None))
+        moe_of_arguments(arguments(num_experts=None))

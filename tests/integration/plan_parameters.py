@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     chunks = build_model(checkpoint, layout, TrainerOptions())
     found = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     model, pp_rank = ModelShape.from_file(checkpoint), layout.coords(rank).pp_rank
-    layers = [layer for chunk in even_stages(model.facts.num_layers, layout)[pp_rank] for layer in chunk]
+    layers = [layer for chunk in even_stages(model.moe.num_layers, layout)[pp_rank] for layer in chunk]
     held = model.rank_parameters(layers, layout, first=pp_rank == 0, last=pp_rank == layout.pp - 1)
     if found != sum(held):
         sys.exit(f"rank {rank}: {found} parameters != {sum(held)} of the plan ({held})")

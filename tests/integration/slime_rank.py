@@ -22,7 +22,7 @@ from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize
 from r3_adapter.megatron.policy_trainer.options import TrainerOptions
 from r3_adapter.rollout import load_samples
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 
 LAYOUT = ParallelLayout(ep=2, dp=2)
 
@@ -39,11 +39,11 @@ def load(path: str) -> ModuleType:
 
 
 def arguments(checkpoint: Path) -> Namespace:
-    facts = ModelFacts.from_checkpoint(checkpoint)
+    moe = MoEConfig.from_checkpoint(checkpoint)
     return Namespace(
-        num_layers=facts.num_layers,
-        num_experts=facts.num_experts,
-        moe_router_topk=facts.topk,
+        num_layers=moe.num_layers,
+        num_experts=moe.num_experts,
+        moe_router_topk=moe.topk,
         moe_layer_freq=1,
         reward_scale=1.0,
         loss_type="policy_loss",

@@ -24,7 +24,7 @@ from r3_adapter.rollout import Sample, save_samples
 from r3_adapter.sglang.capture import payload_of
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import native_bytes, rollout_in_subprocess, samples_of
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.trace import RoutingTrace
@@ -133,8 +133,8 @@ def _environment(site: Path, core: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def facts(checkpoint: Path) -> ModelFacts:
-    return ModelFacts.from_checkpoint(checkpoint)
+def moe(checkpoint: Path) -> MoEConfig:
+    return MoEConfig.from_checkpoint(checkpoint)
 
 
 def test_with_the_option_off_the_patched_engine_is_the_released_one(replies: dict[str, Any]) -> None:
@@ -146,12 +146,12 @@ def test_with_the_option_off_the_patched_engine_is_the_released_one(replies: dic
 
 
 def test_routes_are_those_of_the_native_payload_and_bound_to_the_tokens(
-    replies: dict[str, Any], facts: ModelFacts
+    replies: dict[str, Any], moe: MoEConfig
 ) -> None:
-    assert facts == ModelFacts(8, 2, MOE_LAYERS, 4)
+    assert moe == MoEConfig(8, 2, MOE_LAYERS, 4)
     prompts = _prompts(REQUESTS)
-    native = samples_of(replies["flat"], prompts, facts, native=True)
-    compact = samples_of(replies["safetensors"], prompts, facts)
+    native = samples_of(replies["flat"], prompts, moe, native=True)
+    compact = samples_of(replies["safetensors"], prompts, moe)
     for one, other, prompt, reply in zip(native, compact, prompts, replies["flat"], strict=True):
         # The native form does not say which model it is of.
         assert replace(one.trace, model=other.trace.model) == other.trace
@@ -160,8 +160,8 @@ def test_routes_are_those_of_the_native_payload_and_bound_to_the_tokens(
         assert other.trace.layer_ids.tolist() == list(MOE_LAYERS)
         assert other.trace.weight_versions == ("default",)
         assert np.array_equal(one.logprobs, other.logprobs)
-        assert one.payload_bytes == native_bytes(one.trace.num_tokens, facts)
-        assert other.payload_bytes < 1000 + other.trace.num_tokens * (facts.topk * len(MOE_LAYERS) + 8)
+        assert one.payload_bytes == native_bytes(one.trace.num_tokens, moe)
+        assert other.payload_bytes < 1000 + other.trace.num_tokens * (moe.topk * len(MOE_LAYERS) + 8)
     lengths = [sample.num_response_tokens for sample in compact]
     assert lengths[:3] == [16, 32, 8]
     assert 1 < lengths[3] < 64
@@ -178,8 +178,8 @@ def test_a_payload_names_its_model_and_has_a_checksum(replies: dict[str, Any]) -
         assert f"{zlib.crc32(zeros):08x}" == metadata["checksum"]
 
 
-def test_routes_are_those_of_a_reference_model(replies: dict[str, Any], facts: ModelFacts, checkpoint: Path) -> None:
-    for sample in samples_of(replies["safetensors"], _prompts(REQUESTS), facts):
+def test_routes_are_those_of_a_reference_model(replies: dict[str, Any], moe: MoEConfig, checkpoint: Path) -> None:
+    for sample in samples_of(replies["safetensors"], _prompts(REQUESTS), moe):
         routes, logprobs = _reference(checkpoint, sample, replayed=None)
         captured = sample.trace.topk_ids[:-1]
         assert np.array_equal(np.sort(routes[:-1], axis=2), np.sort(captured, axis=2))
@@ -187,10 +187,10 @@ def test_routes_are_those_of_a_reference_model(replies: dict[str, Any], facts: M
 
 
 def test_perturbed_routes_are_captured_as_they_were_used(
-    replies: dict[str, Any], facts: ModelFacts, checkpoint: Path
+    replies: dict[str, Any], moe: MoEConfig, checkpoint: Path
 ) -> None:
     changed, total, far = 0, 0, 0.0
-    for sample in samples_of(replies["perturbed"], _prompts(BATCH), facts):
+    for sample in samples_of(replies["perturbed"], _prompts(BATCH), moe):
         routes, logprobs = _reference(checkpoint, sample, replayed=sample.trace)
         np.testing.assert_allclose(sample.logprobs, logprobs, atol=1e-4, rtol=0)
         captured = sample.trace.topk_ids[:-1]
@@ -205,9 +205,9 @@ def test_perturbed_routes_are_captured_as_they_were_used(
 
 
 def test_an_engine_finds_its_rollout_as_likely_in_one_go(
-    replies: dict[str, Any], facts: ModelFacts, checkpoint: Path, tmp_path: Path
+    replies: dict[str, Any], moe: MoEConfig, checkpoint: Path, tmp_path: Path
 ) -> None:
-    samples = samples_of(replies["safetensors"], _prompts(REQUESTS), facts)
+    samples = samples_of(replies["safetensors"], _prompts(REQUESTS), moe)
     save_samples(tmp_path / "samples", samples)
     settings, out = EngineSettings(str(checkpoint), dtype="float32", **ENGINE).to_json(), tmp_path / "out.npy"
     command = [sys.executable, str(RESCORE), settings, str(tmp_path / "samples"), str(out)]

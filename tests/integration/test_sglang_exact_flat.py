@@ -19,7 +19,7 @@ import pytest
 
 from r3_adapter.sglang.capture import trace_from_native_reply
 from r3_adapter.sglang.computation import Computation
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import RoutingTrace
 
 SPEC = importlib.util.spec_from_file_location("sglang_server", Path(__file__).with_name("sglang_server.py"))
@@ -63,8 +63,8 @@ def _check(server: Server, reply: Any, prompt: Sequence[int], version: str = "v1
     tokens = [*prompt, *reply["output_ids"]]
     trace = _trace(_decode(reply["meta_info"]["routed_experts"], len(tokens)), tokens, version)
     assert server.worst(reply, prompt, [Computation(trace)]) <= EXACT
-    facts = ModelFacts.from_checkpoint(server.weights["v1"])
-    read = trace_from_native_reply(reply, prompt, facts, aborted="keep")
+    moe = MoEConfig.from_checkpoint(server.weights["v1"])
+    read = trace_from_native_reply(reply, prompt, moe, aborted="keep")
     assert np.array_equal(read.topk_ids, trace.topk_ids) and read.weight_versions == (version,)
     return trace
 

@@ -11,7 +11,7 @@ import pytest
 
 from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.sglang.engine import generate_over_http
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.perturb import Perturbation
 from r3_adapter.sglang.settings import EngineSettings
 from r3_adapter.watchdog import MEMORY
@@ -62,9 +62,9 @@ def test_samples_of_one_prompt(server: Server, length: int) -> None:
 
 def test_samples_of_a_server_on_this_host(server: Server) -> None:
     prompts = make_prompts(4, [10, 30])
-    facts = ModelFacts.from_checkpoint(server.weights["v1"])
+    moe = MoEConfig.from_checkpoint(server.weights["v1"])
     params = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
-    samples = generate_over_http(server.url, prompts, params, facts, shared_memory=server.shared_memory)
+    samples = generate_over_http(server.url, prompts, params, moe, shared_memory=server.shared_memory)
     for sample, prompt in zip(samples, prompts, strict=True):
         assert sample.trace.token_ids[: len(prompt)].tolist() == prompt
         assert sample.num_response_tokens == 8

@@ -34,7 +34,7 @@ from r3_adapter.layout import ParallelLayout  # noqa: E402
 from r3_adapter.megatron.policy_trainer.build import build_model, build_optimizer, initialize  # noqa: E402
 from r3_adapter.megatron.policy_trainer.options import TrainerOptions  # noqa: E402
 from r3_adapter.rollout import Sample, load_samples  # noqa: E402
-from r3_adapter.sglang.facts import ModelFacts  # noqa: E402
+from r3_adapter.sglang.moe_config import MoEConfig  # noqa: E402
 
 STEP = 70_001
 LAYOUTS = ({"ep": 2}, {"tp": 2, "ep": 2, "etp": 1}, {"cp": 2, "ep": 2}, {"pp": 2})
@@ -100,15 +100,15 @@ class _Output(dict):  # type: ignore[type-arg]
         return self
 
 
-def rows(sample: Sample, facts: ModelFacts) -> np.ndarray[Any, Any]:
+def rows(sample: Sample, moe: MoEConfig) -> np.ndarray[Any, Any]:
     """Return a sample's rows as the plug-in makes them of the engine's reply."""
     trace = sample.trace
-    flat = np.zeros((trace.num_tokens - 1, facts.num_layers, facts.topk), np.int32)
-    flat[:, list(facts.layer_ids)] = trace.topk_ids[:-1]
-    return seal(flat, trace.token_ids[:-1].tolist(), STEP, facts, "sample")
+    flat = np.zeros((trace.num_tokens - 1, moe.num_layers, moe.topk), np.int32)
+    flat[:, list(moe.layer_ids)] = trace.topk_ids[:-1]
+    return seal(flat, trace.token_ids[:-1].tolist(), STEP, moe, "sample")
 
 
-def batch(samples: list[Sample], facts: ModelFacts, routes: list[Any] | None = None) -> Any:
+def batch(samples: list[Sample], moe: MoEConfig, routes: list[Any] | None = None) -> Any:
     """Return a batch as verl's agent loop makes one, without padding."""
     made = []
     for index, sample in enumerate(samples):
@@ -119,7 +119,7 @@ def batch(samples: list[Sample], facts: ModelFacts, routes: list[Any] | None = N
                 response_ids=tokens[prompt:],
                 response_mask=[1] * (len(tokens) - prompt),
                 response_logprobs=sample.logprobs.tolist(),
-                routed_experts=rows(sample, facts) if routes is None else routes[index],
+                routed_experts=rows(sample, moe) if routes is None else routes[index],
                 metrics=AgentLoopMetrics(),
             ).as_dict()
         )
@@ -174,17 +174,17 @@ def largest(mine: float) -> float:
     return float(found)
 
 
-def check_passes(engine: Engine, samples: list[Sample], every: list[Sample], facts: ModelFacts) -> None:
+def check_passes(engine: Engine, samples: list[Sample], every: list[Sample], moe: MoEConfig) -> None:
     """Score live, score replayed, and train: the pass that trains comes last, as it changes the weights."""
-    data = batch(samples, facts)
+    data = batch(samples, moe)
     output = ActorRolloutRefWorker.compute_log_prob(worker(engine, replay=False), data)
     live = largest(worst(output, data, samples))
     assert live > 1e-2, f"live routers are off by {live} only: nothing was proved"
-    data = batch(samples, facts)
+    data = batch(samples, moe)
     output = ActorRolloutRefWorker.compute_log_prob(worker(engine, replay=True), data)
     replayed = largest(worst(output, data, samples))
     assert replayed < 1e-4, f"replay is off by {replayed}"
-    data = batch(samples, facts)
+    data = batch(samples, moe)
     output = ActorRolloutRefWorker.update_actor(worker(engine, replay=True), data)
     updated = largest(worst(output, data, samples))
     assert updated < 1e-4, f"replay in training is off by {updated}"
@@ -203,14 +203,14 @@ def check_metrics(metrics: dict[str, float], every: list[Sample]) -> None:
     assert 0.5 < metrics["r3/old/agreement"] < 0.95, metrics
 
 
-def check_refusals(engine: Engine, samples: list[Sample], facts: ModelFacts, rank: int) -> None:
+def check_refusals(engine: Engine, samples: list[Sample], moe: MoEConfig, rank: int) -> None:
     """What one rank refuses, all do, before a forward pass; what both did before is repeated after it."""
-    routes = [rows(sample, facts) for sample in samples]
+    routes = [rows(sample, moe) for sample in samples]
     if rank == 1:
         routes[3] = np.roll(routes[3], 1, axis=0)
     with pytest.raises(ReplayError, match=r"rank 1: .*micro-batch \d+, sample \d+: the row at position 0 is of token"):
-        ActorRolloutRefWorker.compute_log_prob(worker(engine, replay=True), batch(samples, facts, routes))
-    data = batch(samples, facts)
+        ActorRolloutRefWorker.compute_log_prob(worker(engine, replay=True), batch(samples, moe, routes))
+    data = batch(samples, moe)
     with pytest.raises(ReplayError, match=r"rank 0: .*no routed_experts in the batch.*rank 1: "):
         ActorRolloutRefWorker.compute_log_prob(worker(engine, replay=True), data.exclude("routed_experts"))
     with pytest.raises(ReplayError, match="verl's own replay and this plug-in's exclude each other"):
@@ -219,7 +219,7 @@ def check_refusals(engine: Engine, samples: list[Sample], facts: ModelFacts, ran
 
 def main(argv: list[str]) -> None:
     checkpoint, rank = Path(argv[0]), int(argv[3])
-    every, facts = load_samples(Path(argv[1])), ModelFacts.from_checkpoint(checkpoint)
+    every, moe = load_samples(Path(argv[1])), MoEConfig.from_checkpoint(checkpoint)
     for index, sizes in enumerate(LAYOUTS):
         layout = ParallelLayout.smallest(**sizes)
         if index == 0:
@@ -229,8 +229,8 @@ def main(argv: list[str]) -> None:
         samples = every[layout.coords(rank).dp_rank :: layout.dp]
         engine = Engine(checkpoint, layout)
         if index == 0:
-            check_refusals(engine, samples, facts, rank)
-        check_passes(engine, samples, every, facts)
+            check_refusals(engine, samples, moe, rank)
+        check_passes(engine, samples, every, moe)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -23,7 +23,7 @@ from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpSe
 
 from r3_adapter.frameworks.verl.sealed import unseal  # noqa: E402
 from r3_adapter.proof.tiny import ENGINE  # noqa: E402
-from r3_adapter.sglang.facts import ModelFacts  # noqa: E402
+from r3_adapter.sglang.moe_config import MoEConfig  # noqa: E402
 from r3_adapter.sglang.settings import EngineSettings  # noqa: E402
 
 PROMPTS = [[5, 9, 200, 31], [7] * 20, [400, 3, 8]]
@@ -50,7 +50,7 @@ def server(checkpoint: Path, engine: Any, *, skip_tokenizer_init: bool) -> Any:
 
 
 async def check(checkpoint: Path, engine: Any) -> None:
-    facts = ModelFacts.from_checkpoint(checkpoint)
+    moe = MoEConfig.from_checkpoint(checkpoint)
     found = []
     # By either, verl itself takes a way that fails.
     for index, skip in enumerate((True, False)):
@@ -67,11 +67,11 @@ async def check(checkpoint: Path, engine: Any) -> None:
             assert len(output.token_ids) == len(output.log_probs) == 8
             assert len(output.routed_experts) == len(tokens) - 1
             rows = np.concatenate([output.routed_experts, np.zeros_like(output.routed_experts[:1])])
-            found.append(unseal(rows, np.array(tokens), facts, "sample"))
+            found.append(unseal(rows, np.array(tokens), moe, "sample"))
             assert found[-1].weight_versions == (str(STEP),)
     assert found[:3] == found[3:]
     # Rows that differ between tokens are no zeros.
-    assert len(np.unique(found[0].topk_ids[:-1].reshape(-1, facts.topk), axis=0)) > 10
+    assert len(np.unique(found[0].topk_ids[:-1].reshape(-1, moe.topk), axis=0)) > 10
     with pytest.raises(CaptureError, match="disaggregation role 'prefill'"):
         asked._disaggregation_role = "prefill"
         await asked.generate(PROMPTS[0], dict(params), "x")

@@ -12,14 +12,14 @@ import pytest
 from r3_adapter.errors import R3Error
 from r3_adapter.sglang.capture import computations_from_reply, trace_from_native_reply
 from r3_adapter.sglang.conversation import Conversation
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.openai import events_of, sample_of_openai
 from r3_adapter.sglang.samples import samples_of
 from r3_adapter.sglang.shared import fetch_payload
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace
 
 PROMPT, OUTPUT = [11, 12, 13], [21, 22]
-FACTS = ModelFacts(num_experts=8, topk=2, layer_ids=(0, 1), num_layers=2)
+MOE = MoEConfig(num_experts=8, topk=2, layer_ids=(0, 1), num_layers=2)
 ASKED = {"temperature": 0.5, "repetition_penalty": 1.0, "logprobs": True}
 ROUNDS = 1500
 
@@ -56,16 +56,16 @@ CHAT = [
     {"choices": [], "sglext": {"routed_experts": PAYLOAD, "input_ids": PROMPT}},
 ]
 READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "samples": (REPLY, lambda reply: samples_of([reply], [PROMPT], FACTS)),
-    "replies": ([REPLY], lambda replies: samples_of(replies, [PROMPT], FACTS)),
+    "samples": (REPLY, lambda reply: samples_of([reply], [PROMPT], MOE)),
+    "replies": ([REPLY], lambda replies: samples_of(replies, [PROMPT], MOE)),
     "aborted": (REPLY, lambda reply: computations_from_reply(reply, PROMPT, aborted="keep", missing="keep")),
     "native": (
         {**REPLY, "meta_info": {**INFO, "routed_experts": NATIVE}},
-        lambda reply: trace_from_native_reply(reply, PROMPT, FACTS),
+        lambda reply: trace_from_native_reply(reply, PROMPT, MOE),
     ),
-    "turn": (REPLY, lambda reply: Conversation(PROMPT, FACTS).take(reply)),
-    "completion": (COMPLETION, lambda reply: sample_of_openai(reply, ASKED, FACTS)),
-    "chat stream": (CHAT, lambda events: sample_of_openai(events, ASKED, FACTS)),
+    "turn": (REPLY, lambda reply: Conversation(PROMPT, MOE).take(reply)),
+    "completion": (COMPLETION, lambda reply: sample_of_openai(reply, ASKED, MOE)),
+    "chat stream": (CHAT, lambda events: sample_of_openai(events, ASKED, MOE)),
 }
 
 
@@ -155,12 +155,12 @@ def test_an_abort_before_any_forward_pass_is_empty() -> None:
     for reply in (aborted, {**aborted, "output_ids": []}):
         assert computations_from_reply(reply, PROMPT, aborted="keep") == []
         with pytest.raises(R3Error, match=r"request 0: finish_reason .*Abort in waiting queue.* != stop or length"):
-            samples_of([reply], [PROMPT], FACTS)
+            samples_of([reply], [PROMPT], MOE)
 
 
 def test_a_stream_ends() -> None:
     text = "".join(f"data: {json.dumps(event)}\n\n" for event in CHAT)
-    sample = sample_of_openai(events_of(text + "data: [DONE]\n\n"), ASKED, FACTS)
+    sample = sample_of_openai(events_of(text + "data: [DONE]\n\n"), ASKED, MOE)
     assert (sample.temperature, sample.num_prompt_tokens, sample.logprobs.tolist()) == (0.5, 3, [-0.5, -0.25])
     for bad in (
         text,
@@ -191,13 +191,13 @@ def test_a_stream_ends() -> None:
 )
 def test_a_request_that_changes_the_scores_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(R3Error, match=message):
-        sample_of_openai(COMPLETION, {**ASKED, **change}, FACTS)
+        sample_of_openai(COMPLETION, {**ASKED, **change}, MOE)
 
 
 def test_a_chat_stream_without_all_log_probabilities_is_refused() -> None:
     with pytest.raises(
         R3Error, match=r"log-probabilities of 1 tokens != 2 that were sampled; a chat stream leaves out"
     ):
-        sample_of_openai([*CHAT[1:]], ASKED, FACTS)
+        sample_of_openai([*CHAT[1:]], ASKED, MOE)
     with pytest.raises(R3Error, match="the reply does not say how long the prompt is"):
-        sample_of_openai([*CHAT[:3], {"choices": [], "sglext": {"routed_experts": PAYLOAD}}], ASKED, FACTS)
+        sample_of_openai([*CHAT[:3], {"choices": [], "sglext": {"routed_experts": PAYLOAD}}], ASKED, MOE)

@@ -34,7 +34,7 @@ def damaged(draw):
 @settings(max_examples=300)
 @given(damaged())
 def test_the_same_row_is_found_as_by_the_reference(case):
-    assert _core.find_bad_row(*case) == reference.find_bad_row(*case)
+    assert _core.find_bad_route(*case) == reference.find_bad_route(*case)
 
 
 @pytest.mark.parametrize("topk", range(1, 17))
@@ -43,18 +43,18 @@ def test_every_pair_of_places_and_every_too_large_id_is_seen(topk, num_experts):
     rng = np.random.default_rng(topk)
     good = rng.choice(num_experts, topk, replace=False).astype(ids_dtype(num_experts)).reshape(1, 1, topk)
     captured = np.zeros(1, dtype=np.int32)
-    assert _core.find_bad_row(good, captured, num_experts) is None
-    assert _core.find_bad_row(good * 0 + 1, captured - 1, num_experts) == (0, 0)
+    assert _core.find_bad_route(good, captured, num_experts) is None
+    assert _core.find_bad_route(good * 0 + 1, captured - 1, num_experts) == (0, 0)
     for i in range(topk):
         for j in range(i):
             twice = good.copy()
             twice[0, 0, i] = twice[0, 0, j]
-            assert _core.find_bad_row(twice, captured, num_experts) == (0, 0), (i, j)
+            assert _core.find_bad_route(twice, captured, num_experts) == (0, 0), (i, j)
         for too_large in {num_experts, num_experts + 1, np.iinfo(good.dtype).max}:
             if num_experts <= too_large <= np.iinfo(good.dtype).max:
                 large = good.copy()
                 large[0, 0, i] = too_large
-                assert _core.find_bad_row(large, captured, num_experts) == (0, 0), (i, too_large)
+                assert _core.find_bad_route(large, captured, num_experts) == (0, 0), (i, too_large)
 
 
 def test_arrays_that_do_not_fit_are_refused():
@@ -72,10 +72,10 @@ def test_arrays_that_do_not_fit_are_refused():
     ]
     for *arguments, message in cases:
         with pytest.raises(ValueError, match=message):
-            _core.find_bad_row(*arguments)
+            _core.find_bad_route(*arguments)
     odd = np.frombuffer(bytes(1 + 8), dtype=np.uint8)[1:].view(np.uint16).reshape(2, 2, 1)
     if not odd.flags.aligned:
         with pytest.raises(ValueError, match="aligned"):
-            _core.find_bad_row(odd, versions[:2], 8)
+            _core.find_bad_route(odd, versions[:2], 8)
     with pytest.raises(TypeError):
-        _core.find_bad_row(ids.tolist(), versions, 8)
+        _core.find_bad_route(ids.tolist(), versions, 8)

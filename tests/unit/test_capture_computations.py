@@ -12,13 +12,13 @@ from r3_adapter.errors import CaptureError, R3Error, TraceError
 from r3_adapter.sglang.capture import computations_from_reply, trace_from_reply
 from r3_adapter.sglang.computation import Computation, join_turns, read_computations
 from r3_adapter.sglang.engine import samples_of
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace
 from r3_adapter.wire import write_tensors
 
 TOKENS = [11, 12, 13, 21, 22, 23, 24, 25]
 PROMPT, OUTPUT = TOKENS[:3], TOKENS[3:]
-FACTS = ModelFacts(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
+MOE = MoEConfig(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
 
 
 def _trace(start: int, stop: int, *, seed: int = 0, version: str = "v1", tokens: list[int] = TOKENS) -> RoutingTrace:
@@ -52,7 +52,7 @@ def _twice(**changes: str) -> bytes:
 
 
 def test_a_retracted_request_has_a_trace_for_each_computation() -> None:
-    first, second = computations_from_reply(_reply(_twice()), PROMPT, facts=FACTS)
+    first, second = computations_from_reply(_reply(_twice()), PROMPT, moe=MOE)
     assert (first.trace, first.sampled_start, first.stop, first.last_row) == (_trace(0, 5), None, 5, "e:3")
     assert second.trace == _trace(0, 8, seed=1, version="v2")
     assert (second.start, second.sampled_start, second.stop, second.previous_row) == (0, 5, 8, None)
@@ -61,10 +61,10 @@ def test_a_retracted_request_has_a_trace_for_each_computation() -> None:
 def test_a_retracted_request_is_split_into_samples_if_asked_for() -> None:
     reply, once = _reply(_twice()), _reply(_payload(_trace(0, 8)))
     with pytest.raises(CaptureError, match="request 1: computed 2 times, since SGLang retracted"):
-        samples_of([once, reply], [PROMPT, PROMPT], FACTS)
+        samples_of([once, reply], [PROMPT, PROMPT], MOE)
     with pytest.raises(CaptureError, match="reply: computed 2 times"):
         trace_from_reply(reply, PROMPT)
-    samples = samples_of([once, reply], [PROMPT, PROMPT], FACTS, recomputed="split")
+    samples = samples_of([once, reply], [PROMPT, PROMPT], MOE, recomputed="split")
     assert [sample.num_prompt_tokens for sample in samples] == [3, 3, 5]
     assert [sample.logprobs.tolist() for sample in samples[1:]] == [[0, -1], [-2, -3, -4]]
     assert [sample.trace.num_tokens for sample in samples] == [8, 5, 8]
@@ -94,7 +94,7 @@ def test_a_retracted_request_is_split_into_samples_if_asked_for() -> None:
 )
 def test_computations_that_do_not_belong_to_the_sample_are_refused(payload: bytes, message: str) -> None:
     with pytest.raises(R3Error, match=message):
-        computations_from_reply(_reply(payload), PROMPT, facts=FACTS)
+        computations_from_reply(_reply(payload), PROMPT, moe=MOE)
 
 
 def test_routes_from_a_later_start() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from r3_adapter.errors import CaptureError
 from r3_adapter.sglang.conversation import converse
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.wire import write_tensors
 
 PROMPT, FOLLOW_UPS = [11, 12, 13], [[31, 32], [41]]
@@ -19,7 +19,7 @@ PARAMS = {"max_new_tokens": 2}
 class FakeEngine:
     """Gives every token the route (its position, its position + 1) modulo 8; has `evicts` lose its rows."""
 
-    facts = ModelFacts(num_experts=8, topk=2, layer_ids=(1,), num_layers=2)
+    moe = MoEConfig(num_experts=8, topk=2, layer_ids=(1,), num_layers=2)
 
     def __init__(self, *, evicts: bool = False) -> None:
         self.evicts, self.starts = evicts, list[int]()

@@ -217,7 +217,7 @@ def edited(name=None, place=0, value=None, **metadata):
         (edited("places", 0, 1), "places"),
         (edited("places", 0, 2**30), "places"),
         (edited("codes", 0, 255), "here: "),
-        (edited("codes", -1, 255), "bits behind the last row"),
+        (edited("codes", -1, 255), "bits behind the last route"),
         (edited("version_ids", 0, -1), "codes: "),
         (edited("version_ids", 0, 5), "version_ids"),
         (edited("token_ids", 0, 7), "digest"),

@@ -14,7 +14,7 @@ from r3_adapter.errors import CaptureError, TraceError
 from r3_adapter.hash_layers import HashTables
 from r3_adapter.sglang.capture import check_computations
 from r3_adapter.sglang.computation import Computation
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace
 
 VOCAB, EXPERTS, TOPK, TOKENS = 64, 16, 3, 9
@@ -72,14 +72,14 @@ def test_a_table_that_does_not_fit_is_refused(tables: dict[int, Any], said: str)
 
 
 def test_replies_are_held_against_the_layers_that_are_captured() -> None:
-    facts = ModelFacts(EXPERTS, TOPK, (*HASHED, *CAPTURED), 5, HASHED)
-    assert facts.captured_layer_ids == CAPTURED
+    moe = MoEConfig(EXPERTS, TOPK, (*HASHED, *CAPTURED), 5, HASHED)
+    assert moe.captured_layer_ids == CAPTURED
     trace = captured().rows(5, TOKENS)
     computation = Computation(trace, 0, 1, trace.num_tokens, "c")
     tokens = trace.token_ids.tolist()
-    check_computations([computation], tokens, 1, facts=facts, place="reply")
+    check_computations([computation], tokens, 1, moe=moe, place="reply")
     with pytest.raises(CaptureError, match=r"layer_ids \[2, 4\] != \[0, 1, 2, 4\] of the model"):
-        check_computations([computation], tokens, 1, facts=replace(facts, hash_layer_ids=()), place="reply")
+        check_computations([computation], tokens, 1, moe=replace(moe, hash_layer_ids=()), place="reply")
 
 
 ROUTER = """
@@ -135,14 +135,14 @@ def test_transformers_deepseek_v4_takes_the_same_experts(tmp_path: Path) -> None
         if name.endswith("tid2eid"):
             buffer.copy_(torch.from_numpy(table(int(name.split(".")[2]))))
     model.save_pretrained(tmp_path)
-    facts = ModelFacts.from_checkpoint(tmp_path)
-    assert facts == ModelFacts(EXPERTS, TOPK, (0, 1, 2), 3, (0, 1))
+    moe = MoEConfig.from_checkpoint(tmp_path)
+    assert moe == MoEConfig(EXPERTS, TOPK, (0, 1, 2), 3, (0, 1))
     rng = np.random.default_rng(0)
     samples = hf_rollout(tmp_path, [Request(rng.integers(2, VOCAB, 7).tolist(), 6) for _ in range(3)], seed=0)
     tables = HashTables.from_checkpoint(tmp_path)
     assert tables.tables.keys() == set(HASHED)
     for sample in samples:
         whole = sample.trace
-        found = tables.fill(whole.at_layers(facts.captured_layer_ids))
+        found = tables.fill(whole.at_layers(moe.captured_layer_ids))
         assert found.layer_ids.tolist() == whole.layer_ids.tolist()
         assert np.array_equal(np.sort(found.topk_ids), np.sort(whole.topk_ids))

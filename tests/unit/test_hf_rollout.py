@@ -9,7 +9,7 @@ import pytest
 from r3_adapter.errors import CaptureError, UnknownModelError
 from r3_adapter.proof.models import families, write_model
 from r3_adapter.rollout import Sample
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.perturb import Perturbation
 
 torch = pytest.importorskip("torch")
@@ -31,13 +31,13 @@ def again(samples: list[Sample]) -> list[Request]:
 @pytest.mark.parametrize("family", families())
 def test_own_routes_give_own_log_probabilities_to_the_bit(family: str, tmp_path: Path) -> None:
     write_model(family, tmp_path, dtype="float32", seed=0)
-    facts = ModelFacts.from_checkpoint(tmp_path)
+    moe = MoEConfig.from_checkpoint(tmp_path)
     samples = hf_rollout(tmp_path, requests(), seed=0, perturb=Perturbation(seed=0, fraction=0.2))
     traces = [sample.trace for sample in samples]
     for sample, request in zip(samples, requests(), strict=True):
         trace = sample.trace
         assert trace.token_ids[: sample.num_prompt_tokens].tolist() == request.prompt
-        assert trace.layer_ids.tolist() == list(facts.layer_ids) and trace.topk == facts.topk
+        assert trace.layer_ids.tolist() == list(moe.layer_ids) and trace.topk == moe.topk
         assert trace.captured.tolist() == [True] * (request.length - 1) + [False]
     replayed = hf_rollout(tmp_path, again(samples), seed=1, replay=traces)
     live = hf_rollout(tmp_path, again(samples), seed=1)
@@ -52,7 +52,7 @@ def test_own_routes_give_own_log_probabilities_to_the_bit(family: str, tmp_path:
     # One row of one layer, of a token behind which another is sampled.
     moved = traces[1].topk_ids.copy()
     at = 12
-    moved[at, -1] = (moved[at, -1].astype(int) + 1) % facts.num_experts
+    moved[at, -1] = (moved[at, -1].astype(int) + 1) % moe.num_experts
     wrong = hf_rollout(
         tmp_path, again(samples), seed=1, replay=[traces[0], replace(traces[1], topk_ids=moved), traces[2]]
     )

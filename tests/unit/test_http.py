@@ -7,9 +7,9 @@ import pytest
 from r3_adapter.errors import CaptureError
 from r3_adapter.sglang import http
 from r3_adapter.sglang.engine import generate_over_http
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 
-FACTS = ModelFacts(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
+MOE = MoEConfig(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
 
 
 def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch, answers: Any) -> None:
@@ -23,13 +23,13 @@ def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch, a
         for host in [url.replace("127.0.0.1", name) for name in names]:
             for named in (None, proxy):
                 with pytest.raises(CaptureError, match="not a reply: None"):
-                    generate_over_http(host, [[1]], {}, FACTS, proxy=named)
+                    generate_over_http(host, [[1]], {}, MOE, proxy=named)
         assert (by_proxy, [path for path, _ in asked]) == ([], ["/generate"] * 2 * len(names))
         with pytest.raises(CaptureError, match=r"0 replies != 1 prompts"):
-            generate_over_http("http://engine.invalid:1", [[1]], {}, FACTS, proxy=proxy)
+            generate_over_http("http://engine.invalid:1", [[1]], {}, MOE, proxy=proxy)
         assert [path for path, _ in by_proxy] == ["http://engine.invalid:1/generate"]
         with pytest.raises(CaptureError, match=r"http://engine.invalid:1: "):
-            generate_over_http("http://engine.invalid:1", [[1]], {}, FACTS)
+            generate_over_http("http://engine.invalid:1", [[1]], {}, MOE)
         assert len(by_proxy) == 1
 
 
@@ -40,7 +40,7 @@ def test_a_redirect_is_not_followed(status: int, answers: Any) -> None:
         answers(b"", status, Location=f"{other}/generate") as (url, _),
         pytest.raises(CaptureError, match=f"{url}: HTTP Error {status}"),
     ):
-        generate_over_http(url, [[1]], {}, FACTS)
+        generate_over_http(url, [[1]], {}, MOE)
     assert asked == []
 
 
@@ -61,7 +61,7 @@ def test_a_redirect_is_not_followed(status: int, answers: Any) -> None:
 )
 def test_what_is_no_url_of_a_server_is_refused(url: Any) -> None:
     with pytest.raises(CaptureError, match=r"^url .* (is not http://HOST:PORT or https://HOST:PORT|is no text)$"):
-        generate_over_http(url, [[1]], {}, FACTS)
+        generate_over_http(url, [[1]], {}, MOE)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_what_is_no_url_of_a_server_is_refused(url: Any) -> None:
 )
 def test_an_answer_that_is_no_list_of_replies_is_refused(text: bytes, answers: Any) -> None:
     with answers(text) as (url, _), pytest.raises(CaptureError, match=url):
-        generate_over_http(url, [[1]], {}, FACTS)
+        generate_over_http(url, [[1]], {}, MOE)
 
 
 def test_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch, answers: Any) -> None:
     monkeypatch.setattr(http, "MAX_REPLY", 100)
     with answers(b" " * 101 + b"[]") as (url, _), pytest.raises(CaptureError, match="more than 100 bytes"):
-        generate_over_http(url, [[1]], {}, FACTS)
+        generate_over_http(url, [[1]], {}, MOE)
 
 
 def test_an_answer_that_comes_too_slowly_is_late(answers: Any) -> None:
@@ -92,5 +92,5 @@ def test_half_an_answer_is_none(answers: Any) -> None:
 @pytest.mark.parametrize("prompt", [[], [-1], [2**31], [True], [1.0], ["a"], "abc", None, {"a": 1}])
 def test_what_is_no_prompt_is_not_sent(prompt: Any, answers: Any) -> None:
     with answers(b"[]") as (url, asked), pytest.raises(CaptureError, match="prompt 0: "):
-        generate_over_http(url, [prompt], {}, FACTS)
+        generate_over_http(url, [prompt], {}, MOE)
     assert asked == []

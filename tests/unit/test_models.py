@@ -9,7 +9,7 @@ import pytest
 from r3_adapter.errors import R3Error
 from r3_adapter.proof.models import FAMILIES, families, model_config, write_model
 from r3_adapter.proof.shrink import cut, small
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,11 +53,11 @@ def test_a_real_shape_keeps_what_its_routers_choose_from(name: str, tmp_path: Pa
     config, (num_experts, topk, layer_ids, num_layers) = PUBLISHED[name]
     folder = write_config(tmp_path / name, config)
     write_model(folder, tmp_path / "out", dtype="float32", seed=0)
-    assert ModelFacts.from_checkpoint(tmp_path / "out") == ModelFacts(num_experts, topk, layer_ids, num_layers)
+    assert MoEConfig.from_checkpoint(tmp_path / "out") == MoEConfig(num_experts, topk, layer_ids, num_layers)
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert written < 64 << 20
     with pytest.raises(R3Error, match="num_layers"):
-        model_config(folder, num_layers=1 + ModelFacts.from_config(config).num_layers)
+        model_config(folder, num_layers=1 + MoEConfig.from_config(config).num_layers)
 
 
 def test_a_cut_leaves_no_layer_of_experts_out_of_sight(tmp_path: Path) -> None:

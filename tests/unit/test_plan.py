@@ -16,7 +16,7 @@ from r3_adapter.plan.request import Machines
 from r3_adapter.plan.stages import even_stages, stages_of
 from r3_adapter.repack import repack
 from r3_adapter.sglang.engine import native_bytes
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import RoutingTrace, ids_dtype
 
 SPEC = importlib.util.spec_from_file_location("plan_requests", Path(__file__).with_name("plan_requests.py"))
@@ -30,11 +30,11 @@ def array_bytes(data):
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
-def traces_of(facts, lengths, *, prefix=0, seed=0):
+def traces_of(moe, lengths, *, prefix=0, seed=0):
     """Return traces of random routes that have the first tokens in common; the last of each holds no route."""
     rng = np.random.default_rng(seed)
-    num_layers, dtype = len(facts.layer_ids), ids_dtype(facts.num_experts)
-    every = rng.random((prefix + sum(lengths), num_layers, facts.num_experts)).argsort(axis=2)[..., : facts.topk]
+    num_layers, dtype = len(moe.layer_ids), ids_dtype(moe.num_experts)
+    every = rng.random((prefix + sum(lengths), num_layers, moe.num_experts)).argsort(axis=2)[..., : moe.topk]
     traces, at = [], prefix
     for length in lengths:
         ids = np.concatenate([every[:prefix], every[at : at + length - prefix]]).astype(dtype)
@@ -44,8 +44,8 @@ def traces_of(facts, lengths, *, prefix=0, seed=0):
         tokens = np.arange(length, dtype=np.int32)
         tokens[prefix:] += at
         at += length - prefix
-        layers = np.array(facts.layer_ids, np.int32)
-        traces.append(RoutingTrace(ids, tokens, versions, layers, facts.num_experts, ("1",)))
+        layers = np.array(moe.layer_ids, np.int32)
+        traces.append(RoutingTrace(ids, tokens, versions, layers, moe.num_experts, ("1",)))
     return traces
 
 
@@ -53,11 +53,11 @@ def traces_of(facts, lengths, *, prefix=0, seed=0):
 
 
 def test_figures_of_a_token_that_are_known():
-    facts = ModelFacts.from_config(QWEN)
-    assert sizes.id_bytes(facts) == 384
-    assert native_bytes(2, facts) == 1536
+    moe = MoEConfig.from_config(QWEN)
+    assert sizes.id_bytes(moe) == 384
+    assert native_bytes(2, moe) == 1536
     assert sizes.base64_bytes(1536) == 2048
-    assert sizes.set_bytes(1, 1, facts) - 8 == 48 * 41 // 8
+    assert sizes.set_bytes(1, 1, moe) - 8 == 48 * 41 // 8
 
 
 @pytest.mark.parametrize("size", range(1, 9))
@@ -67,22 +67,22 @@ def test_base64_is_as_long_as_base64(size):
 
 @pytest.mark.parametrize("num_experts", [8, 256, 300])
 def test_payloads_are_as_large_as_the_plan_says(num_experts):
-    facts = ModelFacts(num_experts, 4, (1, 2, 4, 5), 6)
-    (trace,) = traces_of(facts, [500])
-    assert array_bytes(trace.to_bytes()) == sizes.trace_bytes(500, facts)
-    assert array_bytes(encode(trace)) == sizes.set_bytes(500, 499, facts) + 4 * (4 + 3)  # layers; three counts
-    assert np.zeros((499, 6, 4), np.int32).nbytes == native_bytes(500, facts)
+    moe = MoEConfig(num_experts, 4, (1, 2, 4, 5), 6)
+    (trace,) = traces_of(moe, [500])
+    assert array_bytes(trace.to_bytes()) == sizes.trace_bytes(500, moe)
+    assert array_bytes(encode(trace)) == sizes.set_bytes(500, 499, moe) + 4 * (4 + 3)  # layers; three counts
+    assert np.zeros((499, 6, 4), np.int32).nbytes == native_bytes(500, moe)
 
 
 def test_prompts_of_a_group_are_sent_once():
-    facts = ModelFacts(64, 4, tuple(range(8)), 8)
-    groups = [traces_of(facts, [120] * 4, prefix=99, seed=seed) for seed in range(2)]
+    moe = MoEConfig(64, 4, tuple(range(8)), 8)
+    groups = [traces_of(moe, [120] * 4, prefix=99, seed=seed) for seed in range(2)]
     groups = [
         [replace(trace, token_ids=trace.token_ids + np.int32(10_000 * seed)) for trace in group]
         for seed, group in enumerate(groups)
     ]
     found = array_bytes(encode_all([trace for group in groups for trace in group]))
-    want = sizes.set_bytes_of_groups(2, 4, 100, 20, facts)
+    want = sizes.set_bytes_of_groups(2, 4, 100, 20, moe)
     assert found == want + 4 * (8 + 3 * 8)  # layers; three counts of each trace
     assert want < 0.5 * sum(len(encode(trace)) for group in groups for trace in group)
 
@@ -98,15 +98,15 @@ def test_a_rank_gets_arrays_of_the_size_that_the_plan_says(sizes_of_layout):
     config = QWEN | {"num_hidden_layers": 8, "num_experts": 16, "num_experts_per_tok": 4, "mlp_only_layers": [0, 5]}
     layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, etp=1)
     request = request_of(config, layout)
-    stages, facts, batch = request.stages(), request.model.facts, request.batch
+    stages, moe, batch = request.stages(), request.model.moe, request.batch
     for length, field in ((batch.mean_length, "micro_batch"), (batch.max_length, "max_micro_batch")):
         padded_length = -(-length // (2 * tp * cp)) * 2 * tp * cp
         packing = Packing.packed([0, padded_length, 2 * padded_length])
-        traces = traces_of(facts, [length] * 2)
+        traces = traces_of(moe, [length] * 2)
         for rank in range(layout.world_size):
             pp_rank = layout.coords(rank).pp_rank
             found = [
-                repack(traces, packing, layout, rank, layer_ids=[layer for layer in chunk if layer in facts.layer_ids])
+                repack(traces, packing, layout, rank, layer_ids=[layer for layer in chunk if layer in moe.layer_ids])
                 for chunk in stages[pp_rank]
             ]
             planned = sizes.stage_routes(request, stages, pp_rank)
@@ -114,7 +114,7 @@ def test_a_rank_gets_arrays_of_the_size_that_the_plan_says(sizes_of_layout):
     planned = [sizes.stage_routes(request, stages, pp_rank) for pp_rank in range(pp)]
     assert all(each.step == each.micro_batch * 8 // (2 * dp) for each in planned)
     # What the ranks of all stages and data-parallel shares pull is what the samples hold, token_ids for each stage.
-    whole = sizes.trace_bytes(batch.mean_length, facts) - 4 * len(facts.layer_ids)
+    whole = sizes.trace_bytes(batch.mean_length, moe) - 4 * len(moe.layer_ids)
     assert sum(each.pulled for each in planned) * dp == 8 * (whole + 8 * (pp - 1) * batch.mean_length)
     assert all(each.read == each.pulled // (tp * cp) for each in planned)
 

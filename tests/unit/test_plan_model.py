@@ -15,8 +15,8 @@ from r3_adapter.plan.model import ModelShape
 from r3_adapter.plan.plan import make_plan
 from r3_adapter.plan.request import Engines
 from r3_adapter.plan.stages import engine_stages
-from r3_adapter.sglang.facts import ModelFacts
 from r3_adapter.sglang.meta_model import meta_model
+from r3_adapter.sglang.moe_config import MoEConfig
 
 SPEC = importlib.util.spec_from_file_location("plan_requests", Path(__file__).with_name("plan_requests.py"))
 requests = importlib.util.module_from_spec(SPEC)
@@ -50,7 +50,7 @@ def test_parameters_are_those_of_the_model(name):
 @pytest.mark.parametrize(("tp", "pp", "ep", "etp"), [(1, 1, 4, 1), (1, 3, 8, 2), (4, 2, 2, 4)])
 def test_ranks_of_a_copy_hold_the_model(name, tp, pp, ep, etp):
     model = ModelShape.from_config(CONFIGS[name])
-    layout, num_layers = ParallelLayout.smallest(tp=tp, pp=pp, ep=ep, etp=etp), model.facts.num_layers
+    layout, num_layers = ParallelLayout.smallest(tp=tp, pp=pp, ep=ep, etp=etp), model.moe.num_layers
     cuts = [num_layers * at // pp for at in range(pp + 1)]
     held = [
         model.rank_parameters(range(cuts[at], cuts[at + 1]), layout, first=at == 0, last=at == pp - 1)
@@ -69,8 +69,8 @@ def test_what_tensor_parallelism_does_not_cut(name):
     if "deepseek" in name:
         query, latent = config["q_lora_rank"], config["kv_lora_rank"]
         norms += query + latent + hidden * (query + latent + config["qk_rope_head_dim"])
-    assert layer.whole == norms + hidden * model.facts.num_experts
-    assert layer.experts == 3 * model.facts.num_experts * hidden * model.expert_ffn_size
+    assert layer.whole == norms + hidden * model.moe.num_experts
+    assert layer.experts == 3 * model.moe.num_experts * hidden * model.expert_ffn_size
 
 
 def config_of(family, **changes):
@@ -163,19 +163,19 @@ def test_states_are_shared_out_over_the_copies():
 
 
 def test_capture_buffers_are_those_of_the_patches():
-    facts = ModelFacts.from_config(CONFIGS["deepseek-v3"])
+    moe = MoEConfig.from_config(CONFIGS["deepseek-v3"])
     engines = Engines(1, 4, 1, {"max_running_requests": 3, "chunked_prefill_size": 8})
-    native = sizes.capture_buffers(facts, engines, 100, patched=False)
+    native = sizes.capture_buffers(moe, engines, 100, patched=False)
     assert native.device == np.zeros((8, 61, 8), np.int32).nbytes
     assert native.host == 4 * np.zeros((100, 61, 8), np.int32).nbytes == 4 * native.host_rank
-    patched = sizes.capture_buffers(facts, engines, 100, patched=True)
+    patched = sizes.capture_buffers(moe, engines, 100, patched=True)
     assert patched.device == np.zeros((8 + 3, 58, 8), np.uint8).nbytes
     slots = sum(np.zeros(100, dtype).nbytes for dtype in (np.int32, np.int64, np.int64))
     assert patched.host == patched.host_rank == np.zeros((100, 58, 8), np.uint8).nbytes + slots
     two = Engines(1, 4, 1, dict(engines.arguments) | {"enable_dp_attention": True, "dp_size": 2})
-    assert sizes.capture_buffers(facts, two, 100, patched=True).host == 2 * patched.host
+    assert sizes.capture_buffers(moe, two, 100, patched=True).host == 2 * patched.host
     # Stages of 15, 15, 15 and 16 layers, of which the first three are dense.
-    staged = sizes.capture_buffers(facts, Engines(1, 4, 4, engines.arguments), 100, patched=True)
+    staged = sizes.capture_buffers(moe, Engines(1, 4, 4, engines.arguments), 100, patched=True)
     assert staged.device == np.zeros((8 + 3, 16, 8), np.uint8).nbytes
     assert (staged.host_rank, staged.host) == (patched.host_rank, patched.host)
 

@@ -17,11 +17,11 @@ from r3_adapter.rollout import load_samples, save_samples, unrouted
 from r3_adapter.sglang import sampling
 from r3_adapter.sglang.cpu import cpu_environment
 from r3_adapter.sglang.engine import generate_over_http
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.releases import absent, installed_release
 from r3_adapter.sglang.sampling import check_engine, checked_all, checked_params, scored_temperature
 
-FACTS = ModelFacts(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
+MOE = MoEConfig(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
 CHANGING: list[tuple[str, Any]] = [
     ("frequency_penalty", 0.1),
     ("presence_penalty", -0.5),
@@ -49,7 +49,7 @@ def test_what_changes_the_scored_distribution_is_refused_by_name(name: str, valu
         checked_all([{}, params], 2)
     # Before anything is sent: nobody listens at port 9.
     with pytest.raises(CaptureError, match=rf"{name} .* changes the scored distribution"):
-        generate_over_http("http://127.0.0.1:9", [[1]], params, FACTS)
+        generate_over_http("http://127.0.0.1:9", [[1]], params, MOE)
 
 
 def test_neutral_values_and_what_is_drawn_pass() -> None:

@@ -12,7 +12,7 @@ from r3_adapter.proof.families import KERNELS, NOT_BUILT, NOT_ON_CPU
 from r3_adapter.proof.models import Model, families
 from r3_adapter.proof.verdict import MAX_REPLAY, MIN_LIVE
 from r3_adapter.sglang.cpu import has_gpu
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -68,7 +68,7 @@ def test_with_a_gpu_missing_kernels_are_refused_by_name(family: str, monkeypatch
 @pytest.mark.parametrize("family", NOT_BUILT)
 def test_a_family_without_a_configuration_is_refused_by_name(family: str) -> None:
     with pytest.raises(UnknownModelError, match=family):
-        ModelFacts.from_config({"model_type": family, "num_hidden_layers": 2})
+        MoEConfig.from_config({"model_type": family, "num_hidden_layers": 2})
 
 
 def test_without_megatron_bridge_a_family_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,11 @@ import pytest
 
 from r3_adapter.errors import CaptureError, R3Error
 from r3_adapter.sglang.capture import trace_from_reply
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.vllm import trace_from_npy
 
 TOKENS = [11, 12, 13, 21, 22]
-FACTS = ModelFacts(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
+MOE = MoEConfig(num_experts=8, topk=2, layer_ids=(1, 3), num_layers=4)
 ROWS = np.zeros((5, 4, 2), np.uint8)
 ROWS[:, [1, 3]] = [[[0, 5], [7, 2]], [[1, 2], [3, 4]], [[4, 0], [6, 5]], [[2, 3], [1, 0]], [[3, 1], [0, 1]]]
 
@@ -25,7 +25,7 @@ def npy(array: np.ndarray[Any, Any], **options: Any) -> str:
 
 
 def read(payload: Any) -> Any:
-    return trace_from_npy(payload, token_ids=TOKENS, num_prompt_tokens=3, facts=FACTS, weight_version="7")
+    return trace_from_npy(payload, token_ids=TOKENS, num_prompt_tokens=3, moe=MOE, weight_version="7")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32])

@@ -30,13 +30,13 @@ from r3_adapter.repack import repack
 from r3_adapter.rl.losses import Objective
 from r3_adapter.sglang.capture import check_finished, computations_from_reply, trace_from_reply
 from r3_adapter.sglang.engine import generate_over_http, rollout_in_subprocess, samples_of
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.settings import EngineSettings
 
 PACKAGE = Path(errors.__file__).parent
 ONE, CPU = ParallelLayout(), torch.device("cpu")
 PACKED = Packing("thd", (1,))
-FACTS = ModelFacts(num_layers=1, layer_ids=(0,), num_experts=4, topk=1)
+MOE = MoEConfig(num_layers=1, layer_ids=(0,), num_experts=4, topk=1)
 SETTINGS = EngineSettings(model_path="/nonexist")
 REPLY: dict[str, Any] = {"meta_info": {"finish_reason": {"type": "abort"}}, "output_ids": [1]}
 Call = Callable[[Any], Any]
@@ -74,8 +74,8 @@ CALLS: list[tuple[str, str, Call]] = [
     ("missing", "'raise', 'keep'", lambda word: trace_from_reply(REPLY, [1], missing=word)),
     ("aborted", "'raise', 'keep'", lambda word: computations_from_reply(REPLY, [1], aborted=word)),
     ("aborted", "'raise', 'keep'", lambda word: check_finished(REPLY, "reply", aborted=word)),
-    ("recomputed", "'raise', 'split'", lambda word: samples_of([], [], FACTS, recomputed=word)),
-    ("recomputed", "'raise', 'split'", lambda word: generate_over_http("none:", [], {}, FACTS, recomputed=word)),
+    ("recomputed", "'raise', 'split'", lambda word: samples_of([], [], MOE, recomputed=word)),
+    ("recomputed", "'raise', 'split'", lambda word: generate_over_http("none:", [], {}, MOE, recomputed=word)),
     ("recomputed", "'raise', 'split'", lambda word: rollout_in_subprocess(SETTINGS, [], {}, recomputed=word)),
     ("injection", "'shift-token', 'swap-layers', 'swap-samples'", lambda word: prove(ONE, injection=word)),
     ("injection", "'shift-token', 'swap-layers', 'swap-samples'", lambda word: damage([], word)),

@@ -1,4 +1,4 @@
-// Which row of a trace is wrong. S: tokens; M: MoE layers; K: experts a token; E: experts of a layer.
+// Which route of a trace is wrong. S: tokens; M: MoE layers; K: experts a token; E: experts of a layer.
 #pragma once
 
 #include <bit>
@@ -77,7 +77,7 @@ std::uint64_t wrong_pairs(Id const* row, std::size_t num_experts) {
   return wrong;
 }
 
-// Says whether a captured row is wrong; K is 0 where it is known at run time only.
+// Says whether a captured route is wrong; K is 0 where it is known at run time only.
 template <class Id, std::size_t K>
 class RowCheck {
  public:
@@ -121,9 +121,9 @@ class RowCheck {
 };
 
 template <class Id, std::size_t K>
-std::optional<std::pair<std::size_t, std::size_t>> find_bad_row_of(Id const* ids, std::int32_t const* versions,
-                                                                   std::size_t num_tokens, std::size_t num_layers,
-                                                                   std::size_t topk, std::size_t num_experts) {
+std::optional<std::pair<std::size_t, std::size_t>> find_bad_route_of(Id const* ids, std::int32_t const* versions,
+                                                                     std::size_t num_tokens, std::size_t num_layers,
+                                                                     std::size_t topk, std::size_t num_experts) {
   RowCheck<Id, K> check(num_experts, topk);
   std::size_t const k = K == 0 ? topk : K;
   auto wrong = [&](std::size_t token, std::size_t layer) -> std::uint64_t {
@@ -153,14 +153,14 @@ std::optional<std::pair<std::size_t, std::size_t>> find_bad_row_of(Id const* ids
   return std::nullopt;
 }
 
-// Returns (token, layer) of the first wrong row, or nothing.
-// ids: [S, M, K]; versions: [S]; a captured row (version >= 0) needs distinct ids below E, another only zeros.
+// Returns (token, layer) of the first wrong route, or nothing.
+// ids: [S, M, K]; versions: [S]; a captured token (version >= 0) needs distinct ids below E, another only zeros.
 template <class Id>
-std::optional<std::pair<std::size_t, std::size_t>> find_bad_row(Id const* ids, std::int32_t const* versions,
-                                                                std::size_t num_tokens, std::size_t num_layers,
-                                                                std::size_t topk, std::size_t num_experts) {
+std::optional<std::pair<std::size_t, std::size_t>> find_bad_route(Id const* ids, std::int32_t const* versions,
+                                                                  std::size_t num_tokens, std::size_t num_layers,
+                                                                  std::size_t topk, std::size_t num_experts) {
   return with_topk(topk, [&]<std::size_t K>() {
-    return find_bad_row_of<Id, K>(ids, versions, num_tokens, num_layers, topk, num_experts);
+    return find_bad_route_of<Id, K>(ids, versions, num_tokens, num_layers, topk, num_experts);
   });
 }
 

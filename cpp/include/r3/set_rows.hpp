@@ -151,16 +151,16 @@ void for_runs(std::span<std::int32_t const> versions, Action action) {
   }
 }
 
-// Codes rows of ids; says whether they all hold distinct ids below E.
+// Codes routes of ids; says whether they all hold distinct ids below E.
 template <class Word, std::size_t K, class Id>
-bool encode_rows(SetRanks<Word> const& ranks, BitWriter<Word>& codes, SetShape const& shape, std::size_t num_rows,
+bool encode_rows(SetRanks<Word> const& ranks, BitWriter<Word>& codes, SetShape const& shape, std::size_t num_routes,
                  Id const* ids) {
   constexpr std::size_t kRows = SortedRows<Id, K>::kRows;
   SortedRows<Id, K> rows(shape.topk);
   BitWriter<Word> writer = codes;  // a copy, because a byte that is written could be any of the original's
   std::array<Id, kRows * kMostInSet> padded;
-  for (std::size_t first = 0; first < num_rows; first += kRows) {
-    std::size_t const count = std::min(num_rows - first, kRows);
+  for (std::size_t first = 0; first < num_routes; first += kRows) {
+    std::size_t const count = std::min(num_routes - first, kRows);
     Id const* begin = ids + first * shape.topk;
     if (count < kRows) {
       Id* rest = std::copy_n(begin, count * shape.topk, padded.data());
@@ -180,7 +180,7 @@ bool encode_rows(SetRanks<Word> const& ranks, BitWriter<Word>& codes, SetShape c
   return true;
 }
 
-// Codes the captured rows of ids, [S, M, K]; refuses rows that are wrong as find_bad_row sees it. codes has
+// Codes the captured rows of ids, [S, M, K]; refuses routes that are wrong as find_bad_route sees it. codes has
 // set_bytes(captured * M, bits) bytes.
 template <class Id>
 void encode_sets(SetShape const& shape, Id const* ids, std::span<std::int32_t const> versions,
@@ -222,7 +222,7 @@ void decode_rows(SetMembers<Word> const& members, BitReader<Word> const& reader,
     good = decode.template operator()<1>(row);
   }
   if (!good) {
-    refuse("codes: a rank of rows ", first, " to ", last, " is not below the number of sets");
+    refuse("codes: a rank of routes ", first, " to ", last, " is not below the number of sets");
   }
 }
 
@@ -232,13 +232,13 @@ template <class Id>
 void decode_sets(SetShape const& shape, std::span<std::byte const> codes, std::span<std::int32_t const> versions,
                  Id* ids) {
   std::size_t const bits = set_bits(shape.num_experts, shape.topk);
-  std::size_t const num_rows = count_captured(versions) * shape.num_layers;
-  if (codes.size() != set_bytes(num_rows, bits)) {
-    refuse("codes: ", codes.size(), " bytes != ", set_bytes(num_rows, bits), " of ", num_rows, " rows of ", bits,
+  std::size_t const num_routes = count_captured(versions) * shape.num_layers;
+  if (codes.size() != set_bytes(num_routes, bits)) {
+    refuse("codes: ", codes.size(), " bytes != ", set_bytes(num_routes, bits), " of ", num_routes, " routes of ", bits,
            " bits");
   }
-  if (num_rows * bits % 8 != 0 && std::to_integer<unsigned>(codes.back()) >> (num_rows * bits % 8) != 0) {
-    refuse("codes: bits behind the last row are not 0");
+  if (num_routes * bits % 8 != 0 && std::to_integer<unsigned>(codes.back()) >> (num_routes * bits % 8) != 0) {
+    refuse("codes: bits behind the last route are not 0");
   }
   with_set_code(shape, [&]<class Word, std::size_t K>() {
     SetMembers<Word> const members(shape.num_experts, shape.topk);

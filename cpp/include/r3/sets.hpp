@@ -54,7 +54,7 @@ inline std::size_t set_bits(std::size_t num_experts, std::size_t topk) {
   return most == 0 ? 0 : top_bit(most) + 1;
 }
 
-inline std::size_t set_bytes(std::size_t num_rows, std::size_t bits) { return (num_rows * bits + 7) / 8; }
+inline std::size_t set_bytes(std::size_t num_routes, std::size_t bits) { return (num_routes * bits + 7) / 8; }
 
 // C(c, i) times unit as [K + 1, E + 1]; those above all ranks are never asked for, and may be wrong.
 template <class Number>

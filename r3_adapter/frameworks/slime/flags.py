@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r3_adapter.errors import LayoutError, ReplayError, show
-from r3_adapter.frameworks.rows import facts_of_arguments
+from r3_adapter.frameworks.rows import moe_of_arguments
 from r3_adapter.frameworks.slime.rollout import refuse_own_replay
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.signals import run_command
@@ -51,9 +51,9 @@ def check_flags(argv: Sequence[str]) -> dict[str, Any]:
     packed = args.custom_convert_samples_to_train_data_path.endswith("convert_packed")
     if packed and not args.use_dynamic_batch_size:
         raise ReplayError("--use-dynamic-batch-size is off: convert_packed composes micro-batches of no fixed size")
-    facts = facts_of_arguments(args)
+    moe = moe_of_arguments(args)
     engines = _engines(args)
-    return {"layout": _layout(args), "facts": facts, "engines": engines}
+    return {"layout": _layout(args), "moe": moe, "engines": engines}
 
 
 def _check_requests(args: argparse.Namespace) -> None:
@@ -153,10 +153,10 @@ def main(argv: Sequence[str]) -> None:
         print("usage: python -m r3_adapter.frameworks.slime.flags FLAGS...: those that you give to train.py")
         return
     found = check_flags(argv)
-    layout, facts = found["layout"], found["facts"]
+    layout, moe = found["layout"], found["moe"]
     print(f"layout    {layout}")
-    experts = f"{facts.topk} of {facts.num_experts} experts"
-    print(f"routes    {len(facts.layer_ids)} MoE layers of {facts.num_layers}, {experts}")
+    experts = f"{moe.topk} of {moe.num_experts} experts"
+    print(f"routes    {len(moe.layer_ids)} MoE layers of {moe.num_layers}, {experts}")
     for place in found["engines"]:
         print(f"engines   {place}")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from r3_adapter.errors import CaptureError, ReplayError
-from r3_adapter.frameworks.rows import UNKNOWN_VERSION, facts_of_arguments, to_int32, trace_of_sample
+from r3_adapter.frameworks.rows import UNKNOWN_VERSION, moe_of_arguments, to_int32, trace_of_sample
 from r3_adapter.trace import RoutingTrace
 
 ROUTES = "rollout_routed_experts"
@@ -127,7 +127,7 @@ def _trace_of(args: Namespace, sample: Any, number: int) -> RoutingTrace:
         sample.rollout_routed_experts,
         token_ids=list(sample.tokens),
         num_prompt_tokens=len(sample.tokens) - sample.response_length,
-        facts=facts_of_arguments(args),
+        moe=moe_of_arguments(args),
         # All rows come with the last reply, which does not say which weights computed each of them.
         weight_version=", ".join(dict.fromkeys(map(str, sample.weight_versions))) or UNKNOWN_VERSION,
         place=place,

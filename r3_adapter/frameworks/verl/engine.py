@@ -21,7 +21,7 @@ from r3_adapter.megatron.agreement import agreed
 from r3_adapter.megatron.attach import Attached, attach
 from r3_adapter.megatron.replay import prepare_step
 from r3_adapter.megatron.replay_batch import StepInput
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 
 ROUTES = "routed_experts"
 _PASSES = ("compute_log_prob", "update_actor")
@@ -118,7 +118,7 @@ class _Replayer:
 
     def __init__(self, engine: Any) -> None:
         self.options = Options.from_environment()
-        self.facts = ModelFacts.from_config(engine.model_config.hf_config.to_dict(), place="hf_config")
+        self.moe = MoEConfig.from_config(engine.model_config.hf_config.to_dict(), place="hf_config")
         self.attached: Attached = attach(list(engine.module), backend=self.options.backend)
         self.arena, self.report = Arena(), Report()
 
@@ -175,7 +175,7 @@ class _Pass:
             _REPLAYERS[self.engine] = _Replayer(self.engine)
         own = _REPLAYERS[self.engine]
         return own, [
-            step_input(self.engine, batch, own.facts, f"micro-batch {index}") for index, batch in enumerate(batches)
+            step_input(self.engine, batch, own.moe, f"micro-batch {index}") for index, batch in enumerate(batches)
         ]
 
     def reported(self, output: Any, data: Any) -> Any:

@@ -12,7 +12,7 @@ from r3_adapter.frameworks.verl.sealed import unseal
 from r3_adapter.layout import Packing
 from r3_adapter.megatron.layers import unwrapped
 from r3_adapter.megatron.replay_batch import StepInput
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import RoutingTrace
 
 _FP8 = ("e4m3", "hybrid")
@@ -34,7 +34,7 @@ def checked_engine(engine: Any) -> None:
         raise ReplayError("a model with a vision tower packs its tokens itself: their order is not known here")
 
 
-def step_input(engine: Any, batch: Any, facts: ModelFacts, place: str) -> StepInput:
+def step_input(engine: Any, batch: Any, moe: MoEConfig, place: str) -> StepInput:
     """Return the traces of a micro-batch, and its tokens on this rank.
 
     batch: with `input_ids` and `routed_experts`, nested [b, S] and [b, S, L + P, K].
@@ -48,7 +48,7 @@ def step_input(engine: Any, batch: Any, facts: ModelFacts, place: str) -> StepIn
     from verl.utils import tensordict_utils
     from verl.utils.device import get_device_id
 
-    traces = batch_traces(batch, facts, place)
+    traces = batch_traces(batch, moe, place)
     config, model = engine.engine_config, unwrapped(engine.module[0])
     fp8 = model.config.fp8 in _FP8
     input_ids = batch["input_ids"].to(get_device_id())
@@ -64,7 +64,7 @@ def step_input(engine: Any, batch: Any, facts: ModelFacts, place: str) -> StepIn
     return StepInput(traces, tokens, Packing.packed(packed.cu_seqlens_q_padded.tolist(), cp_cut=layout))
 
 
-def batch_traces(batch: Any, facts: ModelFacts, place: str) -> list[RoutingTrace]:
+def batch_traces(batch: Any, moe: MoEConfig, place: str) -> list[RoutingTrace]:
     """Return the trace of each sample of a micro-batch.
 
     Raises:
@@ -84,6 +84,4 @@ def batch_traces(batch: Any, facts: ModelFacts, place: str) -> list[RoutingTrace
         sample = next(index for index, pair in enumerate(zip(rows, tokens, strict=False)) if pair[0] != pair[1])
         raise TraceError(f"{place}, sample {sample}: {rows[sample]} rows != {tokens[sample]} tokens")
     parts = zip(routes.values().cpu().split(rows), input_ids.values().cpu().split(tokens), strict=True)
-    return [
-        unseal(own.numpy(), fed.numpy(), facts, f"{place}, sample {index}") for index, (own, fed) in enumerate(parts)
-    ]
+    return [unseal(own.numpy(), fed.numpy(), moe, f"{place}, sample {index}") for index, (own, fed) in enumerate(parts)]

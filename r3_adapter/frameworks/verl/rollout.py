@@ -16,13 +16,13 @@ import numpy as np
 
 from r3_adapter.errors import CaptureError, ReplayError
 from r3_adapter.frameworks.verl.sealed import seal
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.sglang.reply import output_ids_of, payload_of, was_aborted
 
 FORMAT = "exact-flat"
 """The only form of the patched engine that verl's arrays can hold; it ends a request that it would be wrong about."""
 
-_FACTS: "weakref.WeakKeyDictionary[Any, ModelFacts]" = weakref.WeakKeyDictionary()
+_MOE: "weakref.WeakKeyDictionary[Any, MoEConfig]" = weakref.WeakKeyDictionary()
 
 
 def change_server(module: ModuleType) -> None:
@@ -50,7 +50,7 @@ def change_server(module: ModuleType) -> None:
         prompt_ids, place = list(given["prompt_ids"]), f"request {given['request_id']}"
         asked = _Asked(self)
         output = await generate(asked, *args, **kwargs)
-        output.routed_experts = sealed_rows(asked.reply, prompt_ids, output.token_ids, step, facts_of(self), place)
+        output.routed_experts = sealed_rows(asked.reply, prompt_ids, output.token_ids, step, moe_of(self), place)
         return output
 
     server.generate = sealing  # type: ignore[union-attr]
@@ -72,15 +72,15 @@ def check_engine(server: Any) -> None:
         )
 
 
-def facts_of(server: Any) -> ModelFacts:
+def moe_of(server: Any) -> MoEConfig:
     """Return what the server's model is, read once."""
-    if server not in _FACTS:
-        _FACTS[server] = ModelFacts.from_config(server.model_config.hf_config.to_dict(), place="hf_config")
-    return _FACTS[server]
+    if server not in _MOE:
+        _MOE[server] = MoEConfig.from_config(server.model_config.hf_config.to_dict(), place="hf_config")
+    return _MOE[server]
 
 
 def sealed_rows(
-    reply: Any, prompt_ids: list[int], output_ids: list[int], step: int | None, facts: ModelFacts, place: str
+    reply: Any, prompt_ids: list[int], output_ids: list[int], step: int | None, moe: MoEConfig, place: str
 ) -> Any:
     """Return [S - 1, L + P, K] int16, or None of a request that was aborted before it had routes.
 
@@ -98,13 +98,13 @@ def sealed_rows(
         raise CaptureError(f"{place}: verl has {len(output_ids)} output tokens, not the reply's {len(found)}")
     payload = payload_of(reply, place)
     tokens = [*prompt_ids, *output_ids]
-    shape = (len(tokens) - 1, facts.num_layers, facts.topk)
+    shape = (len(tokens) - 1, moe.num_layers, moe.topk)
     if len(payload) != 4 * np.prod(shape):
         raise CaptureError(
             f"{place}: payload of {len(payload)} bytes != {4 * np.prod(shape)} of int32 {list(shape)} "
             "(tokens - 1, decoder layers, topk)"
         )
-    return seal(np.frombuffer(payload, "<i4").reshape(shape), tokens[:-1], step, facts, place)
+    return seal(np.frombuffer(payload, "<i4").reshape(shape), tokens[:-1], step, moe, place)
 
 
 class _Stand:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from r3_adapter.errors import CaptureError, TraceError
 from r3_adapter.frozen import freeze
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 from r3_adapter.trace import NOT_CAPTURED, RoutingTrace, ids_dtype
 
 _MARK = 0x5233
@@ -33,7 +33,7 @@ def num_seal_layers(topk: int) -> int:
 
 
 def seal(
-    rows: npt.NDArray[Any], token_ids: Sequence[int], step: int | None, facts: ModelFacts, place: str
+    rows: npt.NDArray[Any], token_ids: Sequence[int], step: int | None, moe: MoEConfig, place: str
 ) -> npt.NDArray[np.int16]:
     """Return [R, L + P, K] int16, rows that say which token they are of.
 
@@ -44,18 +44,18 @@ def seal(
     Raises:
         CaptureError: rows of another model, ids out of range, or as many tokens as there are not rows.
     """
-    want = (len(token_ids), facts.num_layers, facts.topk)
+    want = (len(token_ids), moe.num_layers, moe.topk)
     if rows.dtype.kind not in "iu" or rows.shape != want:
         raise CaptureError(
             f"{place}: routes of {rows.dtype}, shape {list(rows.shape)} != whole numbers of {list(want)} "
             "(tokens - 1, decoder layers, topk)"
         )
-    if facts.num_experts > 1 << 15:
-        raise CaptureError(f"{place}: num_experts ({facts.num_experts}) > {1 << 15}: verl's batches hold int16")
-    if wrong := _wrong_id(rows, facts):
+    if moe.num_experts > 1 << 15:
+        raise CaptureError(f"{place}: num_experts ({moe.num_experts}) > {1 << 15}: verl's batches hold int16")
+    if wrong := _wrong_id(rows, moe):
         raise CaptureError(f"{place}: {wrong}")
-    sealed = np.zeros((want[0], want[1] + num_seal_layers(facts.topk), facts.topk), np.int16)
-    sealed[:, : facts.num_layers] = rows
+    sealed = np.zeros((want[0], want[1] + num_seal_layers(moe.topk), moe.topk), np.int16)
+    sealed[:, : moe.num_layers] = rows
     words = np.empty((want[0], _WORDS), np.uint16)
     tokens, number = np.asarray(token_ids, np.uint32), _NO_STEP if step is None else step
     words[:, 0] = _MARK
@@ -65,7 +65,7 @@ def seal(
     return sealed
 
 
-def unseal(sealed: npt.NDArray[Any], token_ids: npt.NDArray[Any], facts: ModelFacts, place: str) -> RoutingTrace:
+def unseal(sealed: npt.NDArray[Any], token_ids: npt.NDArray[Any], moe: MoEConfig, place: str) -> RoutingTrace:
     """Return the trace of a sample, its rows compared with its tokens one by one.
 
     sealed: [S, L + P, K] int16; zeros behind the last row, for tokens that were never fed to the engine.
@@ -75,15 +75,15 @@ def unseal(sealed: npt.NDArray[Any], token_ids: npt.NDArray[Any], facts: ModelFa
         TraceError: rows of another model or of other tokens, rows that are not sealed, or a gap between them; names
             `place`, the position, and both operands.
     """
-    want = (len(token_ids), facts.num_layers + num_seal_layers(facts.topk), facts.topk)
+    want = (len(token_ids), moe.num_layers + num_seal_layers(moe.topk), moe.topk)
     if sealed.dtype != np.int16 or sealed.shape != want:
         raise TraceError(
             f"{place}: routed_experts of {sealed.dtype}, shape {list(sealed.shape)} != int16 of {list(want)} (tokens, "
-            f"{facts.num_layers} decoder layers and {want[1] - facts.num_layers} of the plug-in, topk): was it loaded "
+            f"{moe.num_layers} decoder layers and {want[1] - moe.num_layers} of the plug-in, topk): was it loaded "
             "in the processes of the rollout too?"
         )
     flat = np.ascontiguousarray(sealed).reshape(want[0], -1)
-    words = flat[:, facts.num_layers * facts.topk :][:, :_WORDS].view(np.uint16).astype(np.uint32)
+    words = flat[:, moe.num_layers * moe.topk :][:, :_WORDS].view(np.uint16).astype(np.uint32)
     captured = words[:, 0] == _MARK
     number = _num_rows(captured, flat, place)
     tokens = words[:number, 1] | words[:number, 2] << 16
@@ -91,18 +91,18 @@ def unseal(sealed: npt.NDArray[Any], token_ids: npt.NDArray[Any], facts: ModelFa
     if len(other := np.flatnonzero(tokens != fed[:number])):
         at = int(other[0])
         raise TraceError(f"{place}: the row at position {at} is of token {tokens[at]} != {fed[at]} of the batch")
-    rows = sealed[:, : facts.num_layers]
-    if wrong := _wrong_id(rows, facts):
+    rows = sealed[:, : moe.num_layers]
+    if wrong := _wrong_id(rows, moe):
         raise TraceError(f"{place}: {wrong}")
     steps, version_ids = np.unique(words[:number, 3] | words[:number, 4] << 16, return_inverse=True)
     rest = np.full(want[0] - number, NOT_CAPTURED)
     try:
         return RoutingTrace(
-            topk_ids=freeze(np.ascontiguousarray(rows[:, list(facts.layer_ids)], ids_dtype(facts.num_experts))),
+            topk_ids=freeze(np.ascontiguousarray(rows[:, list(moe.layer_ids)], ids_dtype(moe.num_experts))),
             token_ids=freeze(fed.astype(np.int32)),
             version_ids=freeze(np.concatenate([version_ids, rest]).astype(np.int32)),
-            layer_ids=np.asarray(facts.layer_ids, np.int32),
-            num_experts=facts.num_experts,
+            layer_ids=np.asarray(moe.layer_ids, np.int32),
+            num_experts=moe.num_experts,
             weight_versions=tuple(UNKNOWN_STEP if step == _NO_STEP else str(step) for step in steps.tolist()),
         )
     except TraceError as error:
@@ -123,13 +123,13 @@ def _num_rows(captured: npt.NDArray[np.bool_], flat: npt.NDArray[np.int16], plac
     return number
 
 
-def _wrong_id(rows: npt.NDArray[Any], facts: ModelFacts) -> str:
+def _wrong_id(rows: npt.NDArray[Any], moe: MoEConfig) -> str:
     """Say which of [R, L, K] ids is wrong: no expert, or one in a dense layer; an empty string if none is."""
-    if rows.size and (rows.min() < 0 or rows.max() >= facts.num_experts):
-        row, layer, column = np.argwhere((rows < 0) | (rows >= facts.num_experts))[0]
+    if rows.size and (rows.min() < 0 or rows.max() >= moe.num_experts):
+        row, layer, column = np.argwhere((rows < 0) | (rows >= moe.num_experts))[0]
         found = rows[row, layer, column]
-        return f"expert {found} at token {row}, layer {layer} outside 0 to num_experts ({facts.num_experts}) - 1"
-    for layer in sorted(set(range(facts.num_layers)) - set(facts.layer_ids)):
+        return f"expert {found} at token {row}, layer {layer} outside 0 to num_experts ({moe.num_experts}) - 1"
+    for layer in sorted(set(range(moe.num_layers)) - set(moe.layer_ids)):
         if rows[:, layer].any():
-            return f"layer {layer} has routes, but the MoE layers are {list(facts.layer_ids)}"
+            return f"layer {layer} has routes, but the MoE layers are {list(moe.layer_ids)}"
     return ""

@@ -11,7 +11,7 @@ from r3_adapter.sglang.meta_model import MetaModel, meta_model
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class MoEConfig:
     """The routers of a model.
 
     num_experts: routed experts of a layer.
@@ -33,7 +33,7 @@ class ModelFacts:
         return tuple(layer for layer in self.layer_ids if layer not in self.hash_layer_ids)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, place: str = "config") -> "ModelFacts":
+    def from_config(cls, config: Mapping[str, Any], *, place: str = "config") -> "MoEConfig":
         """Read a Hugging Face configuration; of a multimodal model, its text part.
 
         Raises:
@@ -44,7 +44,7 @@ class ModelFacts:
         return cls.from_modules(meta_model(config, place))
 
     @classmethod
-    def from_modules(cls, model: MetaModel) -> "ModelFacts":
+    def from_modules(cls, model: MetaModel) -> "MoEConfig":
         """Read the modules of a model.
 
         Raises:
@@ -64,7 +64,7 @@ class ModelFacts:
         return cls(num_experts, topk, tuple(found), len(model.layers), hashed)
 
     @classmethod
-    def from_checkpoint(cls, folder: Path) -> "ModelFacts":
+    def from_checkpoint(cls, folder: Path) -> "MoEConfig":
         """Read `config.json` of a checkpoint.
 
         Raises:
@@ -75,7 +75,7 @@ class ModelFacts:
         return cls.from_config(read_config(path), place=str(path))
 
     @classmethod
-    def if_known(cls, folder: Path) -> "ModelFacts | None":
+    def if_known(cls, folder: Path) -> "MoEConfig | None":
         """Read `config.json` of a checkpoint as from_checkpoint does; None of a family that is not known."""
         try:
             return cls.from_checkpoint(folder)

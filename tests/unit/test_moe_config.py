@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from r3_adapter.errors import CaptureError, UnknownModelError
-from r3_adapter.sglang.facts import ModelFacts
+from r3_adapter.sglang.moe_config import MoEConfig
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -103,7 +103,7 @@ def moe_families():
 
 
 def counted(config):
-    """Return facts as the routers of a model count them, found by other marks than those that are tested."""
+    """Return the config that the routers of a model make, found by other marks than those that are tested."""
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     text = config.get_text_config()
     parts = [text, config, *(getattr(config, name, None) for name in config.sub_configs)]
@@ -126,24 +126,24 @@ def counted(config):
 
 
 @pytest.mark.parametrize("family", moe_families())
-def test_facts_of_every_family_are_those_of_its_modules_or_are_refused(family):
+def test_config_of_every_family_is_that_of_its_modules_or_is_refused(family):
     try:
-        facts = ModelFacts.from_config({"model_type": family})
+        moe = MoEConfig.from_config({"model_type": family})
     except CaptureError as error:
         refused = isinstance(error, UnknownModelError) or "none of its" in str(error)
         assert refused and family in str(error)
         return
     found, topk, num_layers = counted(transformers.AutoConfig.for_model(family))
-    assert tuple(found) == facts.layer_ids
-    assert {facts.num_experts} in (each for each in found.values()) and len(set(map(frozenset, found.values()))) == 1
-    assert {facts.topk} == topk
-    assert facts.num_layers == num_layers
+    assert tuple(found) == moe.layer_ids
+    assert {moe.num_experts} in (each for each in found.values()) and len(set(map(frozenset, found.values()))) == 1
+    assert {moe.topk} == topk
+    assert moe.num_layers == num_layers
 
 
 def test_most_families_are_known():
     def known(family):
         try:
-            return bool(ModelFacts.from_config({"model_type": family} | KNOWN.get(family, ({},))[0]).layer_ids)
+            return bool(MoEConfig.from_config({"model_type": family} | KNOWN.get(family, ({},))[0]).layer_ids)
         except CaptureError:
             return False
 
@@ -151,12 +151,12 @@ def test_most_families_are_known():
 
 
 @pytest.mark.parametrize("family", KNOWN)
-def test_facts_are_those_that_a_reader_of_the_modules_finds(family, tmp_path):
+def test_config_is_the_one_that_a_reader_of_the_modules_finds(family, tmp_path):
     changes, want = KNOWN[family]
     config = {"model_type": family} | MAX | changes
-    assert ModelFacts.from_config(config) == ModelFacts(*want)
+    assert MoEConfig.from_config(config) == MoEConfig(*want)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ModelFacts.from_checkpoint(tmp_path) == ModelFacts.if_known(tmp_path) == ModelFacts(*want)
+    assert MoEConfig.from_checkpoint(tmp_path) == MoEConfig.if_known(tmp_path) == MoEConfig(*want)
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -164,33 +164,33 @@ def test_what_is_not_known_is_no_number(family, tmp_path):
     changes, message = REFUSED[family]
     config = {"model_type": family} | (SMALL | MAX if family == "hunyuan_v1_moe" else {}) | changes
     with pytest.raises(UnknownModelError, match=re.escape(message)):
-        ModelFacts.from_config(config)
+        MoEConfig.from_config(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ModelFacts.if_known(tmp_path) is None
+    assert MoEConfig.if_known(tmp_path) is None
 
 
-def test_facts_of_a_multimodal_model_are_those_of_its_text():
+def test_config_of_a_multimodal_model_is_that_of_its_text():
     text = {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}
     config = {"model_type": "llama4", "text_config": text}
-    assert ModelFacts.from_config(config) == ModelFacts(16, 1, (1, 3), 4)
+    assert MoEConfig.from_config(config) == MoEConfig(16, 1, (1, 3), 4)
     text = {"num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 4}
-    assert ModelFacts.from_config({"model_type": "qwen3_5_moe", "text_config": text}) == ModelFacts(
+    assert MoEConfig.from_config({"model_type": "qwen3_5_moe", "text_config": text}) == MoEConfig(
         16, 4, (0, 1, 2, 3), 4
     )
 
 
 def test_a_family_that_only_its_models_name_is_known():
     config = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 384}
-    assert ModelFacts.from_config(config | {"num_hidden_layers": 4, "n_group": 1}) == ModelFacts(384, 8, (3,), 4)
+    assert MoEConfig.from_config(config | {"num_hidden_layers": 4, "n_group": 1}) == MoEConfig(384, 8, (3,), 4)
 
 
-def test_a_dense_model_has_no_facts(tmp_path):
+def test_a_dense_model_has_no_moe_config(tmp_path):
     config = {"model_type": "qwen3", "num_hidden_layers": 2}
     with pytest.raises(CaptureError, match="config: qwen3: none of its 2 layers has routed experts") as raised:
-        ModelFacts.from_config(config)
+        MoEConfig.from_config(config)
     assert not isinstance(raised.value, UnknownModelError)
     with pytest.raises(CaptureError, match=r"config\.json: cannot be read"):
-        ModelFacts.if_known(tmp_path)
+        MoEConfig.if_known(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -208,19 +208,19 @@ def test_a_dense_model_has_no_facts(tmp_path):
 )
 def test_configurations_that_are_none_are_refused(config, message):
     with pytest.raises(CaptureError, match=message):
-        ModelFacts.from_config(config)
+        MoEConfig.from_config(config)
 
 
-def test_facts_do_not_depend_on_the_kernels_of_this_machine():
+def test_config_does_not_depend_on_the_kernels_of_this_machine():
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 2}
-    expected = ModelFacts.from_config(config)
+    expected = MoEConfig.from_config(config)
     for name in ("attn_implementation", "_attn_implementation"):
-        assert ModelFacts.from_config({**config, name: "flash_attention_2"}) == expected
+        assert MoEConfig.from_config({**config, name: "flash_attention_2"}) == expected
 
 
 def test_reading_leaves_the_generator_of_random_numbers_alone():
     before = torch.get_rng_state()
-    ModelFacts.from_config({"model_type": "mixtral", "num_hidden_layers": 1})
+    MoEConfig.from_config({"model_type": "mixtral", "num_hidden_layers": 1})
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -228,5 +228,5 @@ def test_without_transformers_nothing_is_known(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_hidden_layers": 3}))
     with pytest.raises(UnknownModelError, match="qwen3_moe: layers are not known without transformers"):
-        ModelFacts.from_checkpoint(tmp_path)
-    assert ModelFacts.if_known(tmp_path) is None
+        MoEConfig.from_checkpoint(tmp_path)
+    assert MoEConfig.if_known(tmp_path) is None
