@@ -14,7 +14,7 @@ from r3_adapter.rl.losses import Objective
 from r3_adapter.rl.tasks import VOCABULARY
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
-STEPS, SEARCH_STEPS, LONG = 300, 150, 900
+STEPS, SEARCH_STEPS, LONG, WARMUP_STEPS = 300, 150, 900, 50
 BATCH_SIZE, SAMPLES_PER_PROMPT = 8, 8
 UNCLIPPED = 1e9
 ENOUGH, MOST_SUPERVISED, SUPERVISED_LR = 0.5, 400, 2e-3
@@ -73,6 +73,7 @@ class Regime:
     lag: int = 0
     task: str = "running"
     search_steps: int = SEARCH_STEPS
+    warmup_steps: int = 0
 
     @property
     def table_steps(self) -> int:
@@ -86,6 +87,8 @@ ADDED = (
     Regime(1e-4, lag=2),
     Regime(1e-4, search_steps=LONG),
     Regime(3e-4, search_steps=LONG),
+    Regime(1e-3, search_steps=STEPS, warmup_steps=WARMUP_STEPS),
+    Regime(6e-4, search_steps=STEPS, warmup_steps=WARMUP_STEPS),
 )
 """Rows of the search that were added after others were seen: see what has changed in DESIGN.md."""
 SEARCH = (
@@ -95,7 +98,7 @@ SEARCH = (
     *(Regime(lr, task="running-24") for lr in LEARNING_RATES),
     *ADDED,
 )
-RUN_FIRST = (3, 13, 14, 15, 2, 16, 17, 6, 9, 12)
+RUN_FIRST = (3, 13, 14, 15, 2, 16, 17, 18, 19, 6, 9, 12)
 """Numbers of the rows that are run before all others."""
 
 
@@ -160,7 +163,7 @@ class Cell:
             replay=self.variant.replay,
             staleness=staleness,
             num_steps=self.regime.num_steps,
-            lr=LearningRate(self.regime.lr),
+            lr=LearningRate(self.regime.lr, warmup_iters=self.regime.warmup_steps),
             clip_grad=UNCLIPPED,
             trainer=PRECISIONS[self.base[1]].trainer_options,
         )

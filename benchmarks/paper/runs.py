@@ -82,6 +82,8 @@ def connected() -> Iterator[None]:
         return
     # oneDNN makes a kernel for each number of rows that an expert gets, and by default keeps 1024 of them.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    # Threads that wait for each other on cores that others use take up to ten times as long to round the weights.
+    torch.set_num_threads(1)
     with cluster():
         yield
 

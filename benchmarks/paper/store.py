@@ -93,10 +93,8 @@ def entry_of(cell: Cell, folder: Path) -> Results:
         "settings": {
             "shape": cell.base[0],
             "precision": cell.base[1],
-            "lr": cell.regime.lr,
-            "optimizer_steps": cell.regime.num_steps,
+            **_settings(cell.regime),
             "lag": cell.lag,
-            "task": cell.regime.task,
             "steps": cell.num_rollouts,
         },
         "machine": machine(),
@@ -156,12 +154,22 @@ def claim(results: Results) -> Results:
         names.setdefault(place, {}).setdefault(variant, []).append(cell)
     regimes = {
         place: {
-            "settings": {"lr": each.lr, "optimizer_steps": each.num_steps, "lag": each.lag, "task": each.task},
+            "settings": _settings(each),
             "variants": {variant: _counts(results, cells[0].name) for variant, cells in names[place].items()},
         }
         for place, each in beside(regime).items()
     }
     return {"base": base, "by_rule": by_rule, "added": regime in ADDED, "regimes": regimes, **_shown(regimes, by_rule)}
+
+
+def _settings(regime: Regime) -> Results:
+    return {
+        "lr": regime.lr,
+        "warmup_steps": regime.warmup_steps,
+        "optimizer_steps": regime.num_steps,
+        "lag": regime.lag,
+        "task": regime.task,
+    }
 
 
 def _counts(results: Results, name: str) -> Results:

@@ -143,7 +143,8 @@ def search(results: Results) -> str:
         return "Not begun: it needs the base."
     rows = []
     for number, (pair, regime) in enumerate(zip(search_cells(base), SEARCH, strict=True), start=1):
-        settings = f"{regime.lr:g}, {regime.num_steps}, {regime.lag}, {regime.task}"
+        rate = f"{regime.lr:g}" + (f" after {regime.warmup_steps} steps" if regime.warmup_steps else "")
+        settings = f"{rate}, {regime.num_steps}, {regime.lag}, {regime.task}"
         shown = f"{number} (added)" if regime in ADDED else str(number)
         rows += [[shown, settings, *_row(results, cell)] for cell in pair if entries(results, cell.name)]
     head = ["row", "learning rate, optimizer steps, lag, task", *_HEAD]
