@@ -21,6 +21,7 @@ import pytest
 
 from r3_adapter.patch import packages
 from r3_adapter.patch.series import load_series
+from r3_adapter.proof.prove import ADMIT_ALL
 from r3_adapter.sglang.capture import computations_from_reply
 from r3_adapter.sglang.computation import Computation
 from r3_adapter.sglang.cpu import cpu_environment, has_gpu
@@ -238,7 +239,7 @@ def serve_strained(folder: Path, **changes: Any) -> Iterator[Server]:
         max_running_requests=16,
         overlap=True,
         perturb=Perturbation(1, 0.2),
-        extra={"weight_version": "v1", "chunked_prefill_size": CHUNK, "skip_tokenizer_init": False},
+        extra={"weight_version": "v1", "chunked_prefill_size": CHUNK, "skip_tokenizer_init": False, **ADMIT_ALL},
     )
     with serve(folder, weights, replace(settings, **changes)) as found:
         yield found
