@@ -91,7 +91,7 @@ def collect(
     """
 
 def set_bits(num_experts: int, topk: int) -> int:
-    """Return the bits of a row's code: the least that tell all sets of K of E experts apart; K <= 16, E <= 1024."""
+    """Return the bits of a route's code: the least that tell all sets of K of E experts apart; K <= 16, E <= 1024."""
 
 def encode_sets(
     *,
@@ -100,9 +100,9 @@ def encode_sets(
     num_experts: int,
     codes: npt.NDArray[np.uint8],
 ) -> None:
-    """Write the code of each captured row, bit after bit.
+    """Write the code of each captured route, bit after bit.
 
-    topk_ids: [S, M, K] uint8 or uint16; distinct ids below num_experts in each captured row, 0 in others.
+    topk_ids: [S, M, K] uint8 or uint16; distinct ids below num_experts in each captured route, 0 in others.
     version_ids: [S] int32; below 0 where the row was not captured.
     codes: [(captured * M * set_bits + 7) // 8] uint8, written.
     """

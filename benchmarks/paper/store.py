@@ -94,6 +94,7 @@ def entry_of(cell: Cell, folder: Path) -> Results:
             "shape": cell.base[0],
             "precision": cell.base[1],
             **_settings(cell.regime),
+            # Some variants have a lag of their own.
             "lag": cell.lag,
             "steps": cell.num_rollouts,
         },

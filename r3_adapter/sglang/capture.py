@@ -73,7 +73,7 @@ def computations_from_reply(
 
     reply: what Engine.generate or POST /generate returned for one request.
     place: names the request in errors.
-    moe: the model that the trainer has; None to believe the reply.
+    moe: of the model that the trainer has; None to believe the reply.
     start: the request's routed_experts_start_len; the traces then hold the tokens from there on.
     missing: whether a token that was fed forward and has no route is an error, or stays as one that was not captured.
     aborted: whether a request that was aborted is an error, or gives the routes of what it computed until then.

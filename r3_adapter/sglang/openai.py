@@ -48,7 +48,7 @@ def sample_of_openai(
     reply: the JSON of it; of a stream the events, as events_of reads them.
     request: the body that was sent, with return_routed_experts and logprobs. It must say temperature and
         repetition_penalty, for which a server may have other defaults.
-    moe: the model that the trainer has; None to believe the reply.
+    moe: of the model that the trainer has; None to believe the reply.
     prompt_ids: the prompt, where it is known; it is then compared.
 
     Raises:
