@@ -42,18 +42,18 @@ def meeting_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm_ranks(meeting_folder: None) -> Iterator[None]:
+def warm_ranks(meeting_folder: None) -> Iterator["warm.Servers"]:
     """Fork ranks of run_together from a process that has imported what they import, which takes most of their time.
 
     What a command of the package starts in turn is started as ever, and so is everything where there is a GPU.
     """
     with pytest.MonkeyPatch.context() as patch, warm.Servers(processes._start) as servers:
         patch.setattr(processes, "_start", servers.start)
-        yield
+        yield servers
 
 
 @pytest.fixture(scope="session")
-def tell(warm_ranks: None, tmp_path_factory: pytest.TempPathFactory) -> Tell:
+def tell(warm_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Tell:
     """Return a function that runs scripts of this folder side by side, and returns what each prints last, an object.
 
     A script is its name and its arguments.

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from r3_adapter import processes
 from r3_adapter.proof.tiny import ENGINE, TinyModel, write_checkpoint
 from r3_adapter.rollout import load_samples
 from r3_adapter.sglang.cpu import has_gpu
@@ -50,7 +50,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
 }
 
 
-def test_ranks_return_the_rows_of_one(tmp_path: Path, abandoned: Callable[[], set[Path]]) -> None:
+def test_ranks_return_the_rows_of_one(tmp_path: Path, abandoned: Callable[[], set[Path]], warm_ranks: Any) -> None:
     write_checkpoint(tmp_path / "model", dtype="float32", seed=0, shape=SHAPE)
     rng = np.random.default_rng(0)
     # Batches of unequal size: ranks of DP attention pad theirs.
@@ -61,20 +61,20 @@ def test_ranks_return_the_rows_of_one(tmp_path: Path, abandoned: Callable[[], se
         settings = EngineSettings(str(tmp_path / "model"), dtype="float32", log_level="info", **{**ENGINE, **options})
         request = {"settings": settings.to_json(), "input_ids": prompts, "sampling_params": PARAMS}
         (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        out = tmp_path / name
-        done = subprocess.run(
-            sglang.worker(tmp_path / "request.json", out),
-            env=sglang.on_cores(environment, cores, settings.tp_size),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert len(ALLOCATED.findall(done.stdout + done.stderr)) == allocated, name
+        out, log = tmp_path / name, tmp_path / "log"
+        with log.open("wb") as to:
+            on_cores = sglang.on_cores(environment, cores, settings.tp_size)
+            worker = processes._start(sglang.worker(tmp_path / "request.json", out), on_cores, to)
+        try:
+            code = worker.wait(TIMEOUT)
+        finally:
+            worker.kill()
+        said = log.read_text(encoding="utf-8")
+        assert code == 0, said[-4000:]
+        assert len(ALLOCATED.findall(said)) == allocated, name
         samples[name] = load_samples(out)
         end = time.monotonic() + TIMEOUT
-        while list(marked(str(tmp_path))):
+        while set(marked(str(tmp_path))) - warm_ranks.pids:
             assert time.monotonic() < end, "a process of the engine is left"
             time.sleep(0.1)
         assert abandoned() <= before

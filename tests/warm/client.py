@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from r3_adapter.sglang.cpu import has_gpu
 
 HERE = Path(__file__).parent
-OWN = {"PYTEST_CURRENT_TEST", "R3_GUARD", "R3_LOGS", "SPT_NOENV", "TMPDIR"}
+OWN = {"PYTEST_CURRENT_TEST", "R3_GUARD", "R3_LOGS", "SGLANG_CPU_OMP_THREADS_BIND", "SPT_NOENV", "TMPDIR"}
 """Variables that no import looks at: a server serves processes with any values of them."""
 MODULES = {
     "r3_adapter.megatron.": "preload_megatron",
@@ -77,6 +77,11 @@ class Servers:
         for server in self._servers.values():
             server.close()
 
+    @property
+    def pids(self) -> set[int]:
+        """The servers themselves, which have the environment of what they start."""
+        return {server.pid for server in self._servers.values()}
+
     def start(self, command: Sequence[str], extra: Mapping[str, str], out: BinaryIO) -> Any:
         """Start a process as r3_adapter.processes does, by a server where that is the same."""
         options = list(takewhile(lambda word: word in ("-W", "ignore"), command[1:]))
@@ -121,6 +126,10 @@ class Server:
         # Engines print as they are imported.
         if READY not in self._process.stdout:
             raise RuntimeError(f"{module} cannot be imported: exit code {self._process.wait()}")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], out: BinaryIO) -> Process:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
