@@ -66,6 +66,11 @@ def check_whole(name: str, value: object, least: int | None = None, *, error: ty
     return number
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, to which an s is added for all numbers but 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def show(value: object) -> str:
     """Return what a value from outside is, short and in ASCII, however large or deep it is."""
     try:

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from r3_adapter.errors import counted
 from r3_adapter.metrics import Gap, Logprobs, gap
 from r3_adapter.signals import say
 
@@ -111,11 +112,6 @@ def plot_comparison(
     bars.set_title("agreement by layer")
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(sides), frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, to which an s is added for all numbers but 1."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class _DoneColumn(MofNCompleteColumn):

@@ -5,7 +5,7 @@
 namespace r3 {
 
 void register_balance(pybind11::module_& module);
-void register_rows(pybind11::module_& module);
+void register_routes(pybind11::module_& module);
 void register_repack(pybind11::module_& module);
 void register_collect(pybind11::module_& module);
 void register_sets(pybind11::module_& module);

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "arrays.hpp"
-#include "r3/set_rows.hpp"
+#include "r3/set_routes.hpp"
 #include "register.hpp"
 
 namespace py = pybind11;

@@ -1,6 +1,6 @@
-// Any bytes as codes of sets: refused, or decoded to rows that are coded as the same bytes again.
+// Any bytes as codes of sets: refused, or decoded to routes that are coded as the same bytes again.
 #include "fuzz.hpp"
-#include "r3/set_rows.hpp"
+#include "r3/set_routes.hpp"
 
 namespace {
 

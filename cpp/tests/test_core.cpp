@@ -13,8 +13,8 @@
 #include "r3/collect.hpp"
 #include "r3/counts.hpp"
 #include "r3/repack.hpp"
-#include "r3/rows.hpp"
-#include "r3/set_rows.hpp"
+#include "r3/routes.hpp"
+#include "r3/set_routes.hpp"
 
 namespace {
 
@@ -257,9 +257,9 @@ void test_sets(std::size_t num_experts, std::size_t topk) {
   std::vector<std::byte> codes(r3::set_bytes(15, bits));
   r3::encode_sets(shape, ids.data(), std::span(versions), std::span(codes));
   r3::decode_sets(shape, std::span<std::byte const>(codes), std::span(versions), again.data());
-  for (std::size_t row = 0; row < 21; ++row) {
-    std::sort(ids.begin() + static_cast<std::ptrdiff_t>(row * topk),
-              ids.begin() + static_cast<std::ptrdiff_t>((row + 1) * topk));
+  for (std::size_t route = 0; route < 21; ++route) {
+    std::sort(ids.begin() + static_cast<std::ptrdiff_t>(route * topk),
+              ids.begin() + static_cast<std::ptrdiff_t>((route + 1) * topk));
   }
   CHECK(ids == again);
   auto decode = [&] { r3::decode_sets(shape, std::span<std::byte const>(codes), std::span(versions), again.data()); };
@@ -272,13 +272,13 @@ void test_sets(std::size_t num_experts, std::size_t topk) {
   }
 }
 
-// A row's rank by its definition.
+// A route's rank by its definition.
 template <class Id>
-r3::Wide plain_rank(std::vector<Id> row) {
-  std::ranges::sort(row);
+r3::Wide plain_rank(std::vector<Id> route) {
+  std::ranges::sort(route);
   r3::Wide rank = 0;
-  for (std::size_t i = 0; i < row.size(); ++i) {
-    rank += row[i] > i ? r3::num_sets(row[i], i + 1) : 0;
+  for (std::size_t i = 0; i < route.size(); ++i) {
+    rank += route[i] > i ? r3::num_sets(route[i], i + 1) : 0;
   }
   return rank;
 }
@@ -291,7 +291,7 @@ r3::Wide bits_at(std::vector<std::byte> const& codes, std::size_t first, std::si
   return value;
 }
 
-// Many rows in any order, of runs of captured tokens that are longer and shorter than what is coded at once.
+// Many routes in any order, of runs of captured tokens that are longer and shorter than what is coded at once.
 template <class Id>
 void test_random_sets(std::size_t num_experts, std::size_t topk) {
   constexpr std::size_t kTokens = 40, kLayers = 5;
@@ -304,23 +304,23 @@ void test_random_sets(std::size_t num_experts, std::size_t topk) {
     versions[token] = token > 20 && random() % 3 == 0 ? -1 : 0;
     for (std::size_t layer = 0; layer < kLayers; ++layer) {
       std::ranges::shuffle(all, random);
-      std::vector<Id> row(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(topk));
+      std::vector<Id> route(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(topk));
       if (versions[token] < 0) {
-        row.assign(topk, Id{0});
+        route.assign(topk, Id{0});
       } else {
-        ranks.push_back(plain_rank(row));
+        ranks.push_back(plain_rank(route));
       }
-      ids.insert(ids.end(), row.begin(), row.end());
-      std::ranges::sort(row);
-      sorted.insert(sorted.end(), row.begin(), row.end());
+      ids.insert(ids.end(), route.begin(), route.end());
+      std::ranges::sort(route);
+      sorted.insert(sorted.end(), route.begin(), route.end());
     }
   }
   r3::SetShape const shape{kTokens, kLayers, topk, num_experts};
   std::size_t const bits = r3::set_bits(num_experts, topk);
   std::vector<std::byte> codes(r3::set_bytes(ranks.size(), bits));
   r3::encode_sets(shape, ids.data(), std::span<std::int32_t const>(versions), std::span(codes));
-  for (std::size_t row = 0; row < ranks.size(); ++row) {
-    CHECK(bits_at(codes, row * bits, bits) == ranks[row]);
+  for (std::size_t route = 0; route < ranks.size(); ++route) {
+    CHECK(bits_at(codes, route * bits, bits) == ranks[route]);
   }
   std::vector<Id> again(ids.size());
   r3::decode_sets(shape, std::span<std::byte const>(codes), std::span<std::int32_t const>(versions), again.data());
@@ -331,7 +331,7 @@ void test_random_sets(std::size_t num_experts, std::size_t topk) {
     bool const bad = r3::find_bad_route(ids.data(), versions.data(), kTokens, kLayers, topk, num_experts).has_value();
     auto const error = error_of(
         [&] { r3::encode_sets(shape, ids.data(), std::span<std::int32_t const>(versions), std::span(codes)); });
-    CHECK(bad == contains(error, "a row does not hold distinct ids"));
+    CHECK(bad == contains(error, "a route does not hold distinct ids"));
     ids[cell] = before;
   }
 }
@@ -358,7 +358,7 @@ void test_all_sets() {
 }
 
 template <class Id>
-void test_rows() {
+void test_routes() {
   for (std::size_t topk = 1; topk <= 17; ++topk) {
     std::vector<Id> ids;
     for (std::size_t i = 0; i < 2 * 3 * topk; ++i) {
@@ -377,8 +377,8 @@ void test_rows() {
 }  // namespace
 
 int main() {
-  test_rows<std::uint8_t>();
-  test_rows<std::uint16_t>();
+  test_routes<std::uint8_t>();
+  test_routes<std::uint16_t>();
   test_all_topk<std::uint8_t, std::uint8_t>();
   test_all_topk<std::uint8_t, std::int16_t>();
   test_all_topk<std::uint16_t, std::int32_t>();

@@ -11,8 +11,8 @@
 #include "r3/collect.hpp"
 #include "r3/counts.hpp"
 #include "r3/repack.hpp"
-#include "r3/rows.hpp"
-#include "r3/set_rows.hpp"
+#include "r3/routes.hpp"
+#include "r3/set_routes.hpp"
 
 namespace {
 

@@ -6,8 +6,7 @@ from r3_adapter.balance.budgets import compose_within
 from r3_adapter.balance.compare import Balance, compare
 from r3_adapter.balance.simulate import World, simulate
 from r3_adapter.balance.steps import steps_of
-from r3_adapter.errors import LayoutError, R3Error
-from r3_adapter.report import counted
+from r3_adapter.errors import LayoutError, R3Error, counted
 from r3_adapter.rollout import sample_folders
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from r3_adapter.balance.charts import SHORT, load_maps, rank_bars, shown_ways, way_lines
 from r3_adapter.balance.compare import REAL, WAYS, Balance
 from r3_adapter.balance.tables import drift_line
-from r3_adapter.errors import R3Error
-from r3_adapter.report import counted
+from r3_adapter.errors import R3Error, counted
 from r3_adapter.runs.charts import Chart
 from r3_adapter.runs.document import document, figure, scrolled, section
 from r3_adapter.runs.plots import style

@@ -6,7 +6,7 @@ import numpy as np
 from rich.table import Table
 
 from r3_adapter.balance.compare import REAL, WAYS, Balance
-from r3_adapter.report import counted
+from r3_adapter.errors import counted
 
 _FIGURES = ("ratio", "p50", "p95", "worst", "most tokens of a rank")
 _SHOWN_AGO = (0, 1, 2, 4, 8, 16, 32, -1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from r3_adapter.errors import PatchError
+from r3_adapter.errors import PatchError, counted
 from r3_adapter.patch.record import Note, Record, journal_path, read_record, record_path
 from r3_adapter.patch.series import ABSENT, Contents, Hashes, Series, digest, far, is_release, read_patches
 from r3_adapter.patch.threeway import fit, paths_of
@@ -299,4 +299,4 @@ def _listed(status: Status, *kinds: Kind) -> str:
 def _some(paths: Sequence[str]) -> str:
     """Name files as far as a line is read."""
     more = len(paths) - _SHOWN
-    return ", ".join(paths[:_SHOWN]) + (f" and {more} other{'s' if more > 1 else ''}" if more > 0 else "")
+    return ", ".join(paths[:_SHOWN]) + (f" and {counted(more, 'other')}" if more > 0 else "")

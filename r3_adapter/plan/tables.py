@@ -6,10 +6,10 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from r3_adapter.errors import counted
 from r3_adapter.plan.checks import Check
 from r3_adapter.plan.loads import Loads
 from r3_adapter.plan.plan import STARTS, Figures, Plan
-from r3_adapter.report import counted
 
 Row = TypeVar("Row")
 
@@ -72,8 +72,7 @@ def _where(plan: Plan) -> str:
 
 
 def _gpus(num: int, per_node: int) -> str:
-    nodes = -(-num // per_node)
-    return f"{num} GPUs, {nodes} {'node' if nodes == 1 else 'nodes'} of {per_node}"
+    return f"{num} GPUs, {counted(-(-num // per_node), 'node')} of {per_node}"
 
 
 def _tables(plan: Plan, found: Figures) -> Iterator[Table]:

@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
+from r3_adapter.errors import counted
 from r3_adapter.proof.evidence import Evidence
 from r3_adapter.proof.server import ServerVerdict
 from r3_adapter.proof.verdict import Verdict
-from r3_adapter.report import counted
 
 _SIZES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 

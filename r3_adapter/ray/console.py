@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from r3_adapter.errors import R3Error
+from r3_adapter.errors import R3Error, counted
 from r3_adapter.ray.loop import Loop
 from r3_adapter.report import Show, run_progress
 from r3_adapter.runs.log import Run
@@ -51,10 +51,10 @@ def timed(name: str, what: str) -> Iterator[None]:
 def begins(loop: Loop) -> str:
     """Say what a run is, and where one that was begun goes on; what it does again is named."""
     options, first = loop.options, loop.first
-    engines = count(options.num_engines, "engine")
+    engines = counted(options.num_engines, "engine")
     sizes = {name: getattr(options.layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    ranks = f"{count(options.layout.world_size, 'rank')} of the trainer{f' ({layout})' if layout else ''}"
+    ranks = f"{counted(options.layout.world_size, 'rank')} of the trainer{f' ({layout})' if layout else ''}"
     what = {"off": "routes are not replayed", "r2": "the trainer's own routes are replayed (R2)"}
     replay = what.get(options.policy.replay, "routes are replayed (R3)")
     said = f"{options.folder}: {options.num_rollouts} steps; {engines}, {ranks}; {replay}"
@@ -77,11 +77,6 @@ def stopped(loop: Loop) -> str:
     return f"{at}; {loop.checkpoints.path(last)} is there: the same command goes on after step {last}{again}"
 
 
-def count(number: int, noun: str) -> str:
-    """Return a number of things in words."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _after(step: int) -> str:
     return f"step {step}" if step else "the beginning"
 
@@ -101,9 +96,9 @@ class _Console:
         """Say what has been done, once the next thing is about to happen."""
         options = loop.options
         if stage == "engines":
-            self._done(f"trainer: {count(options.layout.world_size, 'rank')} with the weights of {_after(step)}")
+            self._done(f"trainer: {counted(options.layout.world_size, 'rank')} with the weights of {_after(step)}")
         elif stage == "ready":
-            self._done(f"rollout: {count(options.num_engines, 'engine')} with the weights of {_after(step)}")
+            self._done(f"rollout: {counted(options.num_engines, 'engine')} with the weights of {_after(step)}")
         elif stage == "evaluated":
             found = loop.last_metrics
             self._done(f"evaluation of the first weights: reward {found['eval_reward']:.3g}")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import ray
 
-from r3_adapter.errors import R3Error
+from r3_adapter.errors import R3Error, counted
 from r3_adapter.ray.store import SampleRef
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -51,7 +51,7 @@ def told_by_prompt(problems: Iterable[tuple[SampleRef, str]]) -> Iterator[tuple[
         kind = "trace_lost" if "lost: " in why else "trace_damaged"
         found.setdefault((ref.group, kind), []).append(f"{ref.name}: {why}")
     for (_, kind), (first, *others) in found.items():
-        samples = f"{len(others)} more sample{'s' if len(others) > 1 else ''} of it"
+        samples = f"{counted(len(others), 'more sample')} of it"
         yield kind, f"{first}{f', and {samples}' if others else ''}"
 
 

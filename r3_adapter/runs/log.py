@@ -22,7 +22,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from r3_adapter.errors import R3Error
+from r3_adapter.errors import R3Error, counted
 from r3_adapter.runs.disk import writing
 from r3_adapter.runs.files import (
     Number,
@@ -166,7 +166,7 @@ class RunLog:
             ends = [line.end for line in read_lines(samples, check_samples).lines if line.value["step"] <= self._last]
             os.truncate(samples, max(ends, default=0))
         dropped = len(lines) - len(kept)
-        said = [f"{dropped} step{'' if dropped == 1 else 's'} dropped"]
+        said = [f"{counted(dropped, 'step')} dropped"]
         if resume_at is not None and self._last + 1 < resume_at:
             said.append(f"steps {self._last + 1} to {resume_at - 1} are not in the log")
         said += [f"{key} changed" for key in config if key != "flags" and before.get(key) != config[key]]

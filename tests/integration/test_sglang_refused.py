@@ -1,13 +1,14 @@
 """Servers that cannot return routes say so: to a request with HTTP 400, or by not starting."""
 
 import importlib.util
-import subprocess
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from r3_adapter import processes
 from r3_adapter.proof.tiny import ENGINE
 from r3_adapter.sglang.settings import EngineSettings
 
@@ -30,18 +31,13 @@ def _write_dense(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A dense model, asked for routes, while the other server starts."""
     folder = tmp_path_factory.mktemp("dense")
     settings = EngineSettings(str(_write_dense(folder / "model")), dtype="float32", **ENGINE)
-    with (folder / "log").open("w") as out:
-        process = subprocess.Popen(
-            sglang.command(settings),
-            env=sglang.on_cores(sglang.environment_of(folder), [1]),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with (folder / "log").open("wb") as out:
+        environment = sglang.on_cores(sglang.environment_of(folder), [1])
+        process = processes._start(sglang.command(settings), environment, out)
     process.log = folder / "log"
     yield process
     sglang.end(process)
@@ -73,6 +69,6 @@ def test_a_server_that_was_not_started_for_routes_says_so(server: Server, path: 
     server.post(path, body)
 
 
-def test_a_dense_model_does_not_start(dense: "subprocess.Popen[str]") -> None:
+def test_a_dense_model_does_not_start(dense: Any) -> None:
     dense.wait(sglang.TIMEOUT)
     assert "Qwen3ForCausalLM has no MoE layer whose experts could be captured" in dense.log.read_text(errors="replace")

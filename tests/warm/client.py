@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,13 +16,24 @@ from typing import Any, BinaryIO
 from r3_adapter.sglang.cpu import has_gpu
 
 HERE = Path(__file__).parent
-OWN = {"PYTEST_CURRENT_TEST", "R3_GUARD", "R3_LOGS", "SGLANG_CPU_OMP_THREADS_BIND", "SPT_NOENV", "TMPDIR"}
+OWN = {
+    "PYTEST_CURRENT_TEST",
+    "R3_GUARD",
+    "R3_LOGS",
+    "R3_PERTURB",
+    "SGLANG_CPU_OMP_THREADS_BIND",
+    "SPT_NOENV",
+    "TMPDIR",
+}
 """Variables that no import looks at: a server serves processes with any values of them."""
 MODULES = {
     "r3_adapter.megatron.": "preload_megatron",
     "r3_adapter.sglang.worker": "preload_sglang",
     "r3_adapter.proof.scoring_rank": "preload_megatron",
+    "sglang.launch_server": "preload_sglang",
 }
+ENGINES = {"engine_faults.py"}
+"""Scripts of the integration tests that start an engine of SGLang; the others train."""
 READY = b"serving\n"
 MOST = 3
 """Servers at a time."""
@@ -46,9 +58,15 @@ class Process:
         return code
 
     def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
         if self.returncode is None:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, 9)
+                os.kill(self.pid, number)
 
     def _ended(self, flags: int) -> int | None:
         if self.returncode is None:
@@ -105,7 +123,10 @@ def preloaded(python: str, arguments: Sequence[str]) -> str | None:
         return None
     if arguments[0] == "-m":
         return next((module for start, module in MODULES.items() if arguments[1].startswith(start)), None)
-    return "preload_megatron" if Path(arguments[0]).parent == HERE.parent / "integration" else None
+    script = Path(arguments[0])
+    if script.parent != HERE.parent / "integration":
+        return None
+    return "preload_sglang" if script.name in ENGINES else "preload_megatron"
 
 
 class Server:

@@ -11,7 +11,7 @@ from r3_adapter.sglang.cpu import enable_cpu
 
 enable_cpu()
 for name in (
-    "sglang.srt.entrypoints.engine",
+    "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
     "sglang.srt.managers.detokenizer_manager",
     "r3_adapter.sglang.worker",

@@ -1,6 +1,6 @@
-// A row's experts as one number: their set's rank in the combinatorial number system, which is the sum of C(c_i, i)
+// A route's experts as one number: their set's rank in the combinatorial number system, which is the sum of C(c_i, i)
 // over its members c_1 < c_2 < ... < c_K. Ranks are below C(E, K) and take as many bits as that needs. The order of a
-// row's ids is lost: a decoded row is sorted. K: experts a token; E: experts of a layer.
+// route's ids is lost: a decoded route is sorted. K: experts a token; E: experts of a layer.
 #pragma once
 
 #include <algorithm>

@@ -43,12 +43,12 @@ struct Lanes {
   std::uint64_t low_limit;
 };
 
-// Checks a row that fills whole words: each id meets each other one in some rotation of its word.
+// Checks a route that fills whole words: each id meets each other one in some rotation of its word.
 template <class Id, std::size_t K>
-std::uint64_t wrong_words(Id const* row, Lanes<Id> const& lanes) {
+std::uint64_t wrong_words(Id const* route, Lanes<Id> const& lanes) {
   constexpr std::size_t kWords = K * sizeof(Id) / 8;
   std::uint64_t words[kWords];
-  std::memcpy(words, row, sizeof words);
+  std::memcpy(words, route, sizeof words);
   std::uint64_t wrong = 0;
   for (std::size_t i = 0; i < kWords; ++i) {
     wrong |= lanes.too_large(words[i]);
@@ -64,14 +64,14 @@ std::uint64_t wrong_words(Id const* row, Lanes<Id> const& lanes) {
   return wrong;
 }
 
-// Checks a row of a K known at compile time by pairs.
+// Checks a route of a K known at compile time by pairs.
 template <class Id, std::size_t K>
-std::uint64_t wrong_pairs(Id const* row, std::size_t num_experts) {
+std::uint64_t wrong_pairs(Id const* route, std::size_t num_experts) {
   unsigned wrong = 0;
   for (std::size_t i = 0; i < K; ++i) {
-    wrong |= static_cast<unsigned>(row[i] >= num_experts);
+    wrong |= static_cast<unsigned>(route[i] >= num_experts);
     for (std::size_t j = i + 1; j < K; ++j) {
-      wrong |= static_cast<unsigned>(row[i] == row[j]);
+      wrong |= static_cast<unsigned>(route[i] == route[j]);
     }
   }
   return wrong;
@@ -79,21 +79,21 @@ std::uint64_t wrong_pairs(Id const* row, std::size_t num_experts) {
 
 // Says whether a captured route is wrong; K is 0 where it is known at run time only.
 template <class Id, std::size_t K>
-class RowCheck {
+class RouteCheck {
  public:
-  RowCheck(std::size_t num_experts, std::size_t topk) : num_experts_(num_experts), topk_(topk), lanes_(num_experts) {
+  RouteCheck(std::size_t num_experts, std::size_t topk) : num_experts_(num_experts), topk_(topk), lanes_(num_experts) {
     if constexpr (!kWords && !kPairs) {
-      last_row_.resize(num_experts, 0);
+      last_route_.resize(num_experts, 0);
     }
   }
 
-  std::uint64_t operator()(Id const* row) {
+  std::uint64_t operator()(Id const* route) {
     if constexpr (kWords) {
-      return wrong_words<Id, K>(row, lanes_);
+      return wrong_words<Id, K>(route, lanes_);
     } else if constexpr (kPairs) {
-      return wrong_pairs<Id, K>(row, num_experts_);
+      return wrong_pairs<Id, K>(route, num_experts_);
     } else {
-      return by_last_row(row);
+      return by_last_route(route);
     }
   }
 
@@ -101,12 +101,12 @@ class RowCheck {
   static constexpr bool kWords = K > 0 && K * sizeof(Id) % 8 == 0;
   static constexpr bool kPairs = K > 0 && K <= 8;
 
-  // An id that was last seen in this very row is there twice.
-  std::uint64_t by_last_row(Id const* row) {
-    ++row_number_;
+  // An id that was last seen in this very route is there twice.
+  std::uint64_t by_last_route(Id const* route) {
+    ++route_number_;
     for (std::size_t k = 0; k < topk_; ++k) {
-      std::size_t const id = read_once(row[k]);
-      if (id >= num_experts_ || std::exchange(last_row_[id], row_number_) == row_number_) {
+      std::size_t const id = read_once(route[k]);
+      if (id >= num_experts_ || std::exchange(last_route_[id], route_number_) == route_number_) {
         return 1;
       }
     }
@@ -116,24 +116,24 @@ class RowCheck {
   std::size_t num_experts_;
   std::size_t topk_;
   Lanes<Id> lanes_;
-  std::uint64_t row_number_ = 0;
-  std::vector<std::uint64_t> last_row_;
+  std::uint64_t route_number_ = 0;
+  std::vector<std::uint64_t> last_route_;
 };
 
 template <class Id, std::size_t K>
 std::optional<std::pair<std::size_t, std::size_t>> find_bad_route_of(Id const* ids, std::int32_t const* versions,
                                                                      std::size_t num_tokens, std::size_t num_layers,
                                                                      std::size_t topk, std::size_t num_experts) {
-  RowCheck<Id, K> check(num_experts, topk);
+  RouteCheck<Id, K> check(num_experts, topk);
   std::size_t const k = K == 0 ? topk : K;
   auto wrong = [&](std::size_t token, std::size_t layer) -> std::uint64_t {
-    Id const* row = ids + (token * num_layers + layer) * k;
+    Id const* route = ids + (token * num_layers + layer) * k;
     if (versions[token] >= 0) {
-      return check(row);
+      return check(route);
     }
     std::uint64_t set = 0;
     for (std::size_t i = 0; i < k; ++i) {
-      set |= row[i];
+      set |= route[i];
     }
     return set;
   };

@@ -1,4 +1,4 @@
-// Rows of ids as ranks of sets, bit after bit, and back.
+// Routes of ids as ranks of sets, bit after bit, and back.
 // S: tokens; M: MoE layers; K: experts a token; E: experts of a layer.
 #pragma once
 
@@ -153,34 +153,34 @@ void for_runs(std::span<std::int32_t const> versions, Action action) {
 
 // Codes routes of ids; says whether they all hold distinct ids below E.
 template <class Word, std::size_t K, class Id>
-bool encode_rows(SetRanks<Word> const& ranks, BitWriter<Word>& codes, SetShape const& shape, std::size_t num_routes,
-                 Id const* ids) {
-  constexpr std::size_t kRows = SortedRows<Id, K>::kRows;
-  SortedRows<Id, K> rows(shape.topk);
+bool encode_routes(SetRanks<Word> const& ranks, BitWriter<Word>& codes, SetShape const& shape, std::size_t num_routes,
+                   Id const* ids) {
+  constexpr std::size_t kRoutes = SortedRoutes<Id, K>::kRoutes;
+  SortedRoutes<Id, K> routes(shape.topk);
   BitWriter<Word> writer = codes;  // a copy, because a byte that is written could be any of the original's
-  std::array<Id, kRows * kMostInSet> padded;
-  for (std::size_t first = 0; first < num_routes; first += kRows) {
-    std::size_t const count = std::min(num_routes - first, kRows);
+  std::array<Id, kRoutes * kMostInSet> padded;
+  for (std::size_t first = 0; first < num_routes; first += kRoutes) {
+    std::size_t const count = std::min(num_routes - first, kRoutes);
     Id const* begin = ids + first * shape.topk;
-    if (count < kRows) {
+    if (count < kRoutes) {
       Id* rest = std::copy_n(begin, count * shape.topk, padded.data());
-      for (std::size_t i = 0; i < (kRows - count) * shape.topk; ++i) {
+      for (std::size_t i = 0; i < (kRoutes - count) * shape.topk; ++i) {
         rest[i] = static_cast<Id>(i % shape.topk);
       }
       begin = padded.data();
     }
-    if (!rows.sort(begin, shape.num_experts)) {
+    if (!routes.sort(begin, shape.num_experts)) {
       return false;
     }
-    for (std::size_t row = 0; row < count; ++row) {
-      writer.write(ranks.rank(rows, row));
+    for (std::size_t route = 0; route < count; ++route) {
+      writer.write(ranks.rank(routes, route));
     }
   }
   codes = writer;
   return true;
 }
 
-// Codes the captured rows of ids, [S, M, K]; refuses routes that are wrong as find_bad_route sees it. codes has
+// Codes the captured routes of ids, [S, M, K]; refuses routes that are wrong as find_bad_route sees it. codes has
 // set_bytes(captured * M, bits) bytes.
 template <class Id>
 void encode_sets(SetShape const& shape, Id const* ids, std::span<std::int32_t const> versions,
@@ -191,43 +191,43 @@ void encode_sets(SetShape const& shape, Id const* ids, std::span<std::int32_t co
     std::size_t const token_size = shape.num_layers * shape.topk;
     for_runs(versions, [&](bool captured, std::size_t first, std::size_t last) {
       Id const* begin = ids + first * token_size;
-      if (captured ? !encode_rows<Word, K>(ranks, writer, shape, (last - first) * shape.num_layers, begin)
+      if (captured ? !encode_routes<Word, K>(ranks, writer, shape, (last - first) * shape.num_layers, begin)
                    : std::any_of(begin, ids + last * token_size, [](Id id) { return id != 0; })) {
-        refuse("topk_ids: a row does not hold distinct ids below num_experts (", shape.num_experts, ")");
+        refuse("topk_ids: a route does not hold distinct ids below num_experts (", shape.num_experts, ")");
       }
     });
     writer.finish();
   });
 }
 
-// Decodes the rows first to last of the codes.
+// Decodes the routes first to last of the codes.
 template <class Word, std::size_t K, class Id>
-void decode_rows(SetMembers<Word> const& members, BitReader<Word> const& reader, std::size_t topk, std::size_t first,
-                 std::size_t last, Id* ids) {
+void decode_routes(SetMembers<Word> const& members, BitReader<Word> const& reader, std::size_t topk, std::size_t first,
+                   std::size_t last, Id* ids) {
   constexpr std::size_t kSets = 16;
-  auto decode = [&]<std::size_t kCount>(std::size_t row) {
-    auto const ranks = reader.template read<kCount>(row);
+  auto decode = [&]<std::size_t kCount>(std::size_t route) {
+    auto const ranks = reader.template read<kCount>(route);
     bool const good = *std::ranges::max_element(ranks) < members.num_ranks();
     if (good) {
-      members.template write<K>(ranks, ids + (row - first) * topk);
+      members.template write<K>(ranks, ids + (route - first) * topk);
     }
     return good;
   };
   bool good = true;
-  std::size_t row = first;
-  for (; good && row + kSets <= last; row += kSets) {
-    good = decode.template operator()<kSets>(row);
+  std::size_t route = first;
+  for (; good && route + kSets <= last; route += kSets) {
+    good = decode.template operator()<kSets>(route);
   }
-  for (; good && row < last; ++row) {
-    good = decode.template operator()<1>(row);
+  for (; good && route < last; ++route) {
+    good = decode.template operator()<1>(route);
   }
   if (!good) {
     refuse("codes: a rank of routes ", first, " to ", last, " is not below the number of sets");
   }
 }
 
-// Writes ids, [S, M, K]: sorted ones in captured rows, 0 in others; refuses codes of another length, ranks that are too
-// large, and bits behind the last rank.
+// Writes ids, [S, M, K]: sorted ones in captured routes, 0 in others; refuses codes of another length, ranks that are
+// too large, and bits behind the last rank.
 template <class Id>
 void decode_sets(SetShape const& shape, std::span<std::byte const> codes, std::span<std::int32_t const> versions,
                  Id* ids) {
@@ -244,13 +244,13 @@ void decode_sets(SetShape const& shape, std::span<std::byte const> codes, std::s
     SetMembers<Word> const members(shape.num_experts, shape.topk);
     BitReader<Word> const reader(codes, bits);
     std::size_t const token_size = shape.num_layers * shape.topk;
-    std::size_t row = 0;
+    std::size_t route = 0;
     for_runs(versions, [&](bool captured, std::size_t first, std::size_t last) {
       Id* begin = ids + first * token_size;
       if (captured) {
-        std::size_t const end = row + (last - first) * shape.num_layers;
-        decode_rows<Word, K>(members, reader, shape.topk, row, end, begin);
-        row = end;
+        std::size_t const end = route + (last - first) * shape.num_layers;
+        decode_routes<Word, K>(members, reader, shape.topk, route, end, begin);
+        route = end;
       } else {
         std::fill(begin, ids + last * token_size, Id{0});
       }

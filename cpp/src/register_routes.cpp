@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "arrays.hpp"
-#include "r3/rows.hpp"
+#include "r3/routes.hpp"
 #include "register.hpp"
 
 namespace py = pybind11;
@@ -28,7 +28,7 @@ Place find_bad_route_in(py::array const& topk_ids, py::array const& version_ids,
 
 }  // namespace
 
-void register_rows(py::module_& module) {
+void register_routes(py::module_& module) {
   module.def("find_bad_route", &find_bad_route_in, py::arg("topk_ids").noconvert(), py::arg("version_ids").noconvert(),
              py::arg("num_experts"));
 }
