@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from collapse import WINDOW, collapse, collapsed
-from design import ADDED, SEARCH, SEEDS, Cell, Regime, base_of, beside, search_cells, table_cells
+from design import ADDED, LEFT, SEARCH, SEEDS, Cell, Regime, base_of, beside, search_cells, table_cells
 
 from r3_adapter.runs.log import Run
 
@@ -129,8 +129,10 @@ def regime_of(results: Results) -> tuple[Regime, bool] | None:
     base, _ = base_of(results["stage0"])
     if base is None:
         return None
-    differences: list[float] = []
-    for (plain, replayed), regime in zip(search_cells(base), SEARCH, strict=True):
+    differences: list[tuple[float, Regime]] = []
+    for number, ((plain, replayed), regime) in enumerate(zip(search_cells(base), SEARCH, strict=True), start=1):
+        if number in LEFT:
+            continue
         pair = [entries(results, cell.name).get(str(cell.seed)) for cell in (plain, replayed)]
         without, with_r3 = pair
         if without is None or with_r3 is None or not (without["finished"] and with_r3["finished"]):
@@ -138,8 +140,8 @@ def regime_of(results: Results) -> tuple[Regime, bool] | None:
         if without["collapse"]["reward"] is not None and not collapsed(with_r3["collapse"]):
             return regime, True
         last = [sum(value or 0.0 for value in each["reward"][-WINDOW:]) / WINDOW for each in (with_r3, without)]
-        differences.append(last[0] - last[1])
-    return SEARCH[max(range(len(SEARCH)), key=differences.__getitem__)], False
+        differences.append((last[0] - last[1], regime))
+    return max(differences, key=lambda each: each[0])[1], False
 
 
 def claim(results: Results) -> Results:
@@ -170,6 +172,7 @@ def _settings(regime: Regime) -> Results:
         "optimizer_steps": regime.num_steps,
         "lag": regime.lag,
         "task": regime.task,
+        "precision": regime.precision,
     }
 
 

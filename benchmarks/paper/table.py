@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import earlier
-from design import ADDED, FAMILIES, SEARCH, SEEDS, SHAPES, VARIANTS, Cell, base_of, search_cells
+from design import ADDED, FAMILIES, HURTS, SEARCH, SEEDS, SHAPES, STEPS, VARIANTS, Cell, base_of, search_cells
 from plots import Panel, svg
 from store import Results, entries, regime_of
 
@@ -16,6 +16,8 @@ PANELS = (
     ("grad_norm", "norm of the gradient", True),
     ("entropy", "entropy", False),
 )
+STEP_SECONDS = 3.9
+"""Of CPU time, of all processes of a run: see DESIGN.md."""
 PLACES = ("regime", "milder", "harsher")
 ALONE = Path(__file__).with_name("page.md")
 """What the page says beside figures; {name} is where they go."""
@@ -38,6 +40,8 @@ def write_page(results: Results, folder: Path) -> None:
         "search": search(results),
         "table": table(results),
         "hurts": hurts(results),
+        "costs": costs(results),
+        "seconds": str(STEP_SECONDS),
         "plots": "\n\n".join(f"![{name.removesuffix('.svg')}]({name})" for name in plots) or "No run has begun.",
         "earlier": earlier.page(results),
     }
@@ -145,16 +149,37 @@ def search(results: Results) -> str:
     for number, (pair, regime) in enumerate(zip(search_cells(base), SEARCH, strict=True), start=1):
         rate = f"{regime.lr:g}" + (f" after {regime.warmup_steps} steps" if regime.warmup_steps else "")
         settings = f"{rate}, {regime.num_steps}, {regime.lag}, {regime.task}"
+        settings += f", {regime.precision}" if regime.precision else ""
         shown = f"{number} (added)" if regime in ADDED else str(number)
         rows += [[shown, settings, *_row(results, cell)] for cell in pair if entries(results, cell.name)]
     head = ["row", "learning rate, optimizer steps, lag, task", *_HEAD]
     found = regime_of(results)
     said = (
-        "The rule cannot tell the regime yet." if found is None else f"The regime is {found[0]}, by rule: {found[1]}."
+        "The rule cannot tell the regime yet."
+        if found is None
+        else f"The regime is that of row {SEARCH.index(found[0]) + 1}, "
+        + (
+            "the first in which GRPO collapsed and GRPO + R3 did not."
+            if found[1]
+            else "which has the largest difference."
+        )
     )
     if found is not None and found[0] in ADDED:
         said += " **Its row was added after others had been seen.**"
     return f"{grid(head, rows)}\n\n{said}" if rows else "Not begun."
+
+
+def costs(results: Results) -> str:
+    """Return what all runs of each stage would take, if each step took as long as what was measured."""
+    found = regime_of(results)
+    steps = STEPS if found is None else found[0].table_steps
+    stages = {
+        "1: search, if all of its rows are run": sum(2 * regime.search_steps for regime in SEARCH),
+        "2: table": len(PLACES) * len(VARIANTS) * len(SEEDS) * steps,
+        "3: where R3 hurts": len(HURTS) * len(SEEDS) * steps,
+    }
+    rows = [[name, f"{number:,}", f"{number * STEP_SECONDS / 3600:.1f}"] for name, number in stages.items()]
+    return grid(["Stage", "steps", "hours of one core"], rows)
 
 
 _HEAD = ("variant", "seed", "steps", "reward: best, last 20", "k3: first, last 20", "evaluation", "collapsed at")
