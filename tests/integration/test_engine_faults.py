@@ -1,5 +1,6 @@
 """Each fault of an engine's capture fails the self-test, in float32 and in bfloat16, and it says where."""
 
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +11,6 @@ import pytest
 
 from r3_adapter.layout import ParallelLayout
 from r3_adapter.megatron.policy_trainer.options import PASSES
-from r3_adapter.processes import run_together
 from r3_adapter.proof.engine import ProofEngine
 from r3_adapter.proof.evidence import gaps_of
 from r3_adapter.proof.prove import Compared
@@ -39,7 +39,7 @@ def judged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     engine, folder = ProofEngine(request.param), tmp_path_factory.mktemp(request.param)
     write_checkpoint(folder / "model", dtype=engine.checkpoint_dtype, seed=SEED)
     command = [sys.executable, str(Path(__file__).with_name("engine_faults.py")), str(folder / "model"), request.param]
-    run_together([[*command, str(folder), *FAULTS]], env=[{}], timeout=600)
+    subprocess.run([*command, str(folder), *FAULTS], check=True, timeout=600)
     runs = [[load_samples(folder / f"{fault}-{perturbed}") for perturbed in (False, True)] for fault in FAULTS]
     compared = [Compared.of(floor, samples, SEED, rounds=2) for floor, samples in runs]
     plain = runs[FAULTS.index("none")][0]

@@ -32,8 +32,6 @@ MODULES = {
     "r3_adapter.proof.scoring_rank": "preload_megatron",
     "sglang.launch_server": "preload_sglang",
 }
-ENGINES = {"engine_faults.py"}
-"""Scripts of the integration tests that start an engine of SGLang; the others train."""
 READY = b"serving\n"
 MOST = 3
 """Servers at a time."""
@@ -123,10 +121,7 @@ def preloaded(python: str, arguments: Sequence[str]) -> str | None:
         return None
     if arguments[0] == "-m":
         return next((module for start, module in MODULES.items() if arguments[1].startswith(start)), None)
-    script = Path(arguments[0])
-    if script.parent != HERE.parent / "integration":
-        return None
-    return "preload_sglang" if script.name in ENGINES else "preload_megatron"
+    return "preload_megatron" if Path(arguments[0]).parent == HERE.parent / "integration" else None
 
 
 class Server:
