@@ -107,8 +107,6 @@ SEARCH = (
     *(Regime(lr, task="running-24") for lr in LEARNING_RATES),
     *ADDED,
 )
-RUN_FIRST = (3, 13, 14, 15, 2, 16, 17, 18, 21)
-"""Numbers of the rows that are run before all others."""
 LEFT = (4, 5, 6, 7, 8, 9, 10, 11, 12, 19, 20, 22, 23)
 """Numbers of the rows among which no regime is chosen; they are run, or run to their end, after the table."""
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from design import FAMILIES, RUN_FIRST, SHAPES, Cell, base_of, search_cells, table_cells
+from design import FAMILIES, LEFT, SHAPES, Cell, base_of, search_cells, table_cells
 from runs import Diverged, Sitting, TimeIsUp, connected, folder_of, train
 from static import measure
 from store import DIVERGED, Results, entries, entry_of, opened, put, read, regime_of, versions
@@ -104,7 +104,7 @@ def due(sitting: Sitting, out: Path) -> list[Job]:
     if base is None:
         return [static_job(sitting, out, *each) for each in missing]
     rows = dict(enumerate(search_cells(base), start=1))
-    pairs = [cell for number in dict.fromkeys([*RUN_FIRST, *rows]) for cell in rows[number]]
+    pairs = [cell for number in sorted(rows, key=LEFT.__contains__) for cell in rows[number]]
     found = regime_of(results)
     cells = pairs if found is None else [*table_cells(base, found[0]), *pairs]
     jobs = [cell_job(sitting, out, cell) for cell in cells if not is_done(results, cell)]

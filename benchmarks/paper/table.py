@@ -192,13 +192,13 @@ def _row(results: Results, cell: Cell) -> list[str]:
 
 def _figures(each: Results) -> list[str]:
     reward, k3 = ([value for value in each[name] if value is not None] for name in ("reward", "k3"))
-    means = [sum(reward[end - 20 : end]) / 20 for end in range(20, len(reward) + 1)] or [0.0]
+    means = [sum(reward[end - 20 : end]) / 20 for end in range(20, len(reward) + 1)]
     evaluated = list(each["evaluation"].values())
     why = [f"{step} ({rule})" for rule, step in each["collapse"].items() if step is not None]
     return [
         f"{each['steps']}{'' if each['finished'] else ' so far'}",
-        f"{max(means):.2f}, {means[-1]:.2f}",
-        f"{_mean(k3[:20]):.1e}, {_mean(k3[-20:]):.1e}",
+        f"{max(means):.2f}, {means[-1]:.2f}" if means else "",
+        f"{_mean(k3[:20]):.1e}, {_mean(k3[-20:]):.1e}" if k3 else "",
         f"{evaluated[0]:.2f} to {evaluated[-1]:.2f}" if evaluated else "",
         ", ".join(why) or "not",
     ]
@@ -223,7 +223,7 @@ def table(results: Results) -> str:
             counted = [f"{counts['collapsed']} of {counts['ended']}", str(counts["by_reward"]), spread]
             rows.append([place, variant, str(counts["seeds"]), *counted])
     head = ["", "variant", "seeds begun", "collapsed, of ended", "by reward", "reward, last 20 steps"]
-    return grid(head, rows) if rows else "Not begun: it needs the regime."
+    return grid(head, rows) if rows else "Not begun." if regimes else "Not begun: it needs the regime."
 
 
 def hurts(results: Results) -> str:

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -208,7 +207,7 @@ def serve(folder: Path, weights: Mapping[str, Path], settings: EngineSettings) -
     if settings.pp_size > 1:
         environment = on_cores(environment, range(settings.pp_size))
     with log.open("wb") as out:
-        process = _start(settings, environment, out)
+        process = processes._start(command(settings), environment, out)
     try:
         found = Server(f"http://127.0.0.1:{port}", weights, settings)
         _wait_for(found, process, log)
@@ -242,15 +241,6 @@ def serve_strained(folder: Path, **changes: Any) -> Iterator[Server]:
     )
     with serve(folder, weights, replace(settings, **changes)) as found:
         yield found
-
-
-def _start(settings: EngineSettings, environment: Mapping[str, str], out: Any) -> Any:
-    """Start a server; as users do where it has a folder in shared memory, of which a test looks at the end."""
-    if "routed_experts_dir" not in settings.extra:
-        return processes._start(command(settings), environment, out)
-    return subprocess.Popen(
-        command(settings), env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-    )
 
 
 def end(process: Any) -> None:

@@ -116,8 +116,9 @@ class Servers:
 
 
 def preloaded(python: str, arguments: Sequence[str]) -> str | None:
-    """Return which module has what a command imports; None for one of which nothing is known."""
-    if python != sys.executable:
+    """Return which module has what a command imports; None for one that is to be started anew."""
+    # A server that was forked leaves its folder in shared memory.
+    if python != sys.executable or "--routed-experts-dir" in arguments:
         return None
     if arguments[0] == "-m":
         return next((module for start, module in MODULES.items() if arguments[1].startswith(start)), None)
